@@ -1,0 +1,49 @@
+# `make demo` and `make test` do everything on a fresh machine that has Python (with venv), git and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := attnres_compile kernels passes patterns
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint bench clean
+
+help:
+	@echo "make demo   install into $(VENV) and run examples/demo.py"
+	@echo "make test   install into $(VENV) and run the tests"
+	@echo "make lint   install into $(VENV) and run ruff and mypy"
+	@echo "make bench  install into $(VENV) and run the benchmarks"
+	@echo "make clean  remove $(VENV), build outputs and caches"
+
+install: $(READY)
+
+# torch first and by its exact version, so that no later step of the resolver reaches for another build of it. setuptools
+# comes along so that our own build needs no isolated environment.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "attnres-compile needs Python 3.11 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | head -n 1); try: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch==2.13.0 setuptools
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+test: $(READY)
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+# mypy names modules after folders and knows no package-dir map, so it gets a folder of links in the shape of the map.
+lint: $(READY)
+	$(BIN)/ruff check .
+	@rm -rf build/typecheck && mkdir -p build/typecheck/attnres_compile
+	@cd build/typecheck/attnres_compile && ln -s ../../../attnres_compile/*.py ../../../kernels ../../../passes ../../../patterns .
+	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
+
+bench: $(READY)
+	$(BIN)/python tests/bench/run.py $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(SOURCES) tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,223 @@
+"""``torch.compile(model, backend="attnres")``: rewrite Dynamo's graph, and hand it to Inductor."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import attnres_compile.kernels.ops  # noqa: F401  (registers the attnres:: operators)
+from attnres_compile import capture
+from attnres_compile.capture import Frame
+from attnres_compile.config import AttnResConfig
+from attnres_compile.convert import explain_no_chain, report_of
+from attnres_compile.errors import AttnResError, ChainCutError, ConfigError, NoResidualChainError, ParameterMismatchError
+from attnres_compile.parameters import (
+    ATTRIBUTE,
+    AttnResParameters,
+    attach,
+    eager_hosts,
+    hosts_in,
+    note_execution,
+    parameters_of,
+)  # fmt: skip
+from attnres_compile.passes.base import Program, run_passes
+from attnres_compile.passes.pipeline import DETECTION, LOWERING, PLANNING, REWRITING
+from attnres_compile.patterns.operations import clean_path
+from attnres_compile.places import caller_of
+from attnres_compile.report import ChainReport, Report, SiteReport
+
+log = logging.getLogger(__name__)
+
+InnerCompiler = Callable[[GraphModule, list[Any], str | None], Callable[..., Any]]
+
+
+def attnres(
+    gm: GraphModule, example_inputs: list[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The backend that torch finds under the name "attnres".
+
+    Args:
+        gm, example_inputs: Dynamo's graph and its inputs.
+        mode: a ``torch.compile`` mode, passed on to Inductor.
+        options: AttnResConfig fields. A model that was converted before has its config already.
+
+    Raises:
+        AttnResError: whenever the graph can't be rewritten as a whole; no graph of a model with parameters is ever compiled
+            un-rewritten.
+    """
+    return compile_rewritten(gm, example_inputs, capture.compile_with_inductor, mode=mode, options=options)
+
+
+def compile_rewritten(
+    gm: GraphModule, example_inputs: list[Any], compiler: InnerCompiler, *, mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:  # fmt: skip
+    """Rewrite ``gm`` and compile the result with ``compiler(graph_module, inputs, mode)``."""
+    try:
+        return _compile(gm, example_inputs, compiler, mode, options)
+    except AttnResError as error:
+        capture.raise_through_dynamo(error)
+
+
+def _compile(
+    gm: GraphModule, example_inputs: list[Any], compiler: InnerCompiler, mode: str | None, options: dict[str, Any] | None
+) -> Callable[..., Any]:
+    requested = AttnResConfig.from_options(options) if options else None
+    frame = capture.current_frame(gm)
+    root = frame.root()
+    if root is None and not frame.has_parameters and frame.is_partial:
+        return compiler(gm, example_inputs, mode)  # plain tensor code around a model, between two graph breaks
+    if root is None:
+        raise NoResidualChainError("the compiled code uses no module's parameters: there is no model to rewrite.")
+    if frame.cut:
+        raise ChainCutError(f"{type(root[1]).__name__} was cut by {frame.cut}. A residual chain must lie in one graph.")
+    host, path = _host(*root)
+    existing = host._modules.get(ATTRIBUTE)
+    config = _config(requested, existing)
+    graph_module = capture.copy_graph(gm)
+    program = Program(graph_module, config, capture.parameter_placeholders(gm))
+    program = run_passes(program, DETECTION)
+    if not program.chains:
+        raise _no_chain(root[1], report_of(program, planned=False))
+    program = run_passes(program, PLANNING)
+    report = relative_to(report_of(program), ".".join(filter(None, (clean_path(root[0]), path))))
+    if isinstance(existing, AttnResParameters):
+        parameters = existing
+        parameters.check(report)
+    else:
+        parameters = _attach_late(host, report, program)
+    program = run_passes(program, REWRITING + LOWERING)
+    tensors = parameters.tensors()
+    _tie_to_dynamo(root[0], path, program, parameters)
+    compiled = compiler(graph_module, [*example_inputs, *tensors], mode)
+    return RewrittenCall(compiled, weakref.ref(host), tuple(map(_kind, tensors)))
+
+
+def _no_chain(root: nn.Module, report: Report) -> AttnResError:
+    """No chain in the module that Dynamo compiles: the model has none, or a graph break left Dynamo with a part of it."""
+    caller = caller_of(root)
+    if not caller:
+        return NoResidualChainError(explain_no_chain(type(root).__name__, report))
+    return ChainCutError(_explain_part(root, caller))
+
+
+def _explain_part(root: nn.Module, caller: str) -> str:
+    reason = capture.last_graph_break()
+    return (
+        f"{type(root).__name__} was compiled alone, called by {caller}. Either a graph break made Dynamo give up on the model "
+        f"around it{f' (the last one was: {reason})' if reason else ''}, which TORCH_LOGS=graph_breaks shows, or only this part "
+        "was given to torch.compile. A residual chain must lie in one graph: remove the break, and compile the whole model."
+    )
+
+
+def _host(expression: str, root: nn.Module) -> tuple[nn.Module, str]:
+    """The module that carries, or is to carry, the parameters, and its qualified name below ``root``."""
+    hosts = hosts_in(root)
+    if len(hosts) > 1:
+        names = ", ".join(type(host).__name__ for host in hosts)
+        raise ConfigError(f"{type(root).__name__} holds several converted models ({names}); compile each by itself.")
+    if not hosts:
+        for host in eager_hosts():
+            if host is root:
+                raise ParameterMismatchError(
+                    f"{type(root).__name__}.attnres was removed after conversion; convert the model anew."
+                )
+            if any(module is root for module in host.modules()):
+                raise ChainCutError(_explain_part(root, caller_of(root) or type(host).__name__))
+        return root, ""
+    return hosts[0], next(name for name, module in root.named_modules() if module is hosts[0])
+
+
+def _config(requested: AttnResConfig | None, existing: nn.Module | None) -> AttnResConfig:
+    if not isinstance(existing, AttnResParameters):
+        return requested or AttnResConfig()
+    if requested is not None and requested != existing.config:
+        raise ConfigError(
+            f"the model was converted with {existing.config}, and torch.compile's options ask for {requested}; leave the options "
+            "out."
+        )
+    return existing.config
+
+
+def _attach_late(host: nn.Module, report: Report, program: Program) -> AttnResParameters:
+    """Convert a model that nobody converted, on its first compilation."""
+    if capture.is_inside_ddp() or any(hasattr(parameter, "placements") for parameter in host.parameters()):
+        raise ConfigError(
+            f"{type(host).__name__} was wrapped for distributed training before it had AttnRes parameters, which would then not "
+            "be synchronised between ranks; call attnres_compile.convert_(model, ...) before wrapping it."
+        )
+    like = next((p for p in host.parameters() if p.is_floating_point() and p.dtype.itemsize >= 2), None)
+    stream = program.chains[0].root.meta["example_value"]
+    source = stream if like is None else like
+    with torch.device(source.device):
+        parameters = attach(host, report, source.device, source.dtype)
+    log.warning(
+        "%s was not converted yet: its %d sites got their parameters on this first call, as model.attnres. To have them before "
+        "the optimizer is built, call attnres_compile.convert_(model, ...) first.",
+        type(host).__name__,
+        report.num_sites,
+    )
+    return parameters
+
+
+def relative_to(report: Report, path: str) -> Report:
+    """The report with reader names below the module at ``path`` instead of below the compiled root."""
+    if not path:
+        return report
+    prefix = path + "."
+
+    def site(entry: SiteReport) -> SiteReport:
+        modules = tuple(module.removeprefix(prefix) for module in entry.modules)
+        return dataclasses.replace(entry, module=modules[0], modules=modules)
+
+    def chain(entry: ChainReport) -> ChainReport:
+        return dataclasses.replace(entry, sites=tuple(map(site, entry.sites)))
+
+    return dataclasses.replace(report, chains=tuple(map(chain, report.chains)))
+
+
+def _tie_to_dynamo(root: str, path: str, program: Program, parameters: AttnResParameters) -> None:
+    names = ("query", "key_norm") if parameters.config.key_norm else ("query",)
+    sources = capture.parameter_sources(root, path, len(program.sites), names)
+    nodes = [node for site in program.sites for node in (site.query, site.key_norm) if node is not None]
+    capture.prepare_for_compiler(program.graph_module, list(zip(nodes, sources, strict=True)))
+    capture.guard_on(root, path)
+    capture.guard_on_tensors(sources)
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+class RewrittenCall:
+    """A compiled rewritten graph that takes the AttnRes parameters from the model anew at every call.
+
+    Loading, casting and reassigning parameters therefore take effect without recompiling.
+    """
+
+    def __init__(self, compiled: Callable[..., Any], host: weakref.ref[nn.Module], kinds: Sequence[tuple[Any, ...]]) -> None:
+        self.compiled, self.host, self.kinds = compiled, host, kinds
+
+    def __call__(self, *args: Any) -> Any:
+        host = self.host()
+        if host is None:
+            raise ParameterMismatchError("the model that this graph was compiled for is gone.")
+        tensors = parameters_of(host).tensors()
+        for i, (tensor, kind) in enumerate(zip(tensors, self.kinds, strict=True)):
+            if _kind(tensor) != kind:
+                raise ParameterMismatchError(
+                    f"AttnRes parameter {i} of {type(host).__name__} was compiled as {kind} and is now {_kind(tensor)}; move or "
+                    "cast the whole model, or call torch.compiler.reset() to compile it anew."
+                )
+        note_execution(host)
+        return self.compiled(*args, *tensors)
+
+
+__all__ = ["Frame", "attnres", "compile_rewritten"]

@@ -1,0 +1,254 @@
+"""The explicit way: detect, convert in place, or rewrite ahead of time."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+import attnres_compile.kernels.ops  # noqa: F401  (registers the attnres:: operators)
+from attnres_compile.capture import Captured, capture, tree_flatten
+from attnres_compile.config import AttnResConfig
+from attnres_compile.errors import ConfigError, ModelTypeError, NoResidualChainError
+from attnres_compile.parameters import ATTRIBUTE, AttnResParameters, attach, hosts_in, layout_of
+from attnres_compile.passes.base import Program, run_passes
+from attnres_compile.passes.pipeline import DETECTION, PLANNING, REWRITING
+from attnres_compile.report import Report, describe_chains
+from attnres_compile.rewritten import (
+    RewrittenModule,
+    bind_parameters,
+    hold_constants,
+    parameter_tree,
+    qualified_names,
+    signature_of,
+)
+
+log = logging.getLogger(__name__)
+
+
+def detect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Report:
+    """Find the residual chains of ``model`` without changing or running it; works on the meta device.
+
+    Args:
+        model: any module. A Transformers model needs no arguments: it is captured with its dummy inputs.
+        args, kwargs: example arguments of a call.
+
+    Returns:
+        The chains that can be rewritten, and the refusals. No chain is no error here.
+
+    Raises:
+        CaptureError, ChainCutError: if the model can't be called so, or not be captured in one graph.
+    """
+    model, args, kwargs = checked_call(model, args, kwargs)
+    _refuse_rewritten(model)
+    captured = capture(model, args, kwargs)
+    return report_of(run_passes(_program(captured, AttnResConfig()), DETECTION), planned=False)
+
+
+def convert_(
+    model: nn.Module, config: AttnResConfig | None = None, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+) -> Report:
+    """Give ``model`` AttnRes parameters, in place: ``model.attnres``, with zero queries and key-norm weights of one.
+
+    The model must then run under ``torch.compile(model, backend="attnres")``; run otherwise it raises. Until the queries
+    are trained it computes what it computed before (exactly with ``scale="preserve"``).
+
+    Raises:
+        NoResidualChainError: if nothing can be rewritten, with the nearest misses.
+        ConfigError: if the model was converted before, or if the config does not fit its chains.
+    """
+    model, args, kwargs = checked_call(model, args, kwargs)
+    config = _checked_config(config)
+    _refuse_rewritten(model)
+    if hosts_in(model):
+        raise ConfigError(f"{type(model).__name__} was converted before; converting twice would rewrite the rewritten.")
+    program = plan(capture(model, args, kwargs), config, type(model).__name__)
+    report = report_of(program)
+    attach(model, report, *_device_and_dtype(model, program))
+    return report
+
+
+def rewrite(
+    model: nn.Module, config: AttnResConfig | None = None, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+) -> RewrittenModule:
+    """The rewritten graph of ``model`` ahead of time, as a module that is called like the model and runs eagerly.
+
+    The result shares the model's parameters under their names, and holds the new ones under ``attnres``; a model that
+    was converted before lends its own. ``model`` itself stays as it is. It is called once on the example arguments, without
+    gradients; the result accepts arguments of the same shapes and structure, in the same mode.
+
+    Raises:
+        NoResidualChainError: if nothing can be rewritten, with the nearest misses.
+        ConfigError: if the config does not fit the chains, or contradicts the one that the model was converted with.
+    """
+    model, args, kwargs = checked_call(model, args, kwargs)
+    _refuse_rewritten(model)
+    existing = model._modules.get(ATTRIBUTE)
+    if isinstance(existing, AttnResParameters):
+        if config is not None and config != existing.config:
+            raise ConfigError(f"the model was converted with {existing.config}; rewrite it with that, or without a config.")
+        config = existing.config
+    elif hosts := hosts_in(model):
+        raise ConfigError(f"a part of the model, {type(hosts[0]).__name__}, was converted before; rewrite that part.")
+    captured = capture(model, args, kwargs, run=True)
+    text = str(captured.graph_module.graph)
+    program = plan(captured, _checked_config(config), type(model).__name__)
+    report = report_of(program)
+    if isinstance(existing, AttnResParameters):
+        existing.check(report)
+        parameters = existing
+    else:
+        device, dtype = _device_and_dtype(model, program)
+        assert report.config is not None
+        parameters = AttnResParameters(report.config, layout_of(report), device, dtype)
+
+    def is_same_graph(training: bool) -> bool:
+        with _in_mode(model, training):
+            return str(capture(model, args, kwargs).graph_module.graph) == text
+
+    return _as_module(model, args, kwargs, captured, run_passes(program, REWRITING), parameters, is_same_graph)
+
+
+@contextlib.contextmanager
+def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+def plan(captured: Captured, config: AttnResConfig, name: str) -> Program:
+    """Detection and planning on a captured graph.
+
+    Raises:
+        NoResidualChainError: if there is no chain to rewrite.
+    """
+    program = run_passes(_program(captured, config), DETECTION)
+    if not program.chains:
+        raise NoResidualChainError(explain_no_chain(name, report_of(program, planned=False)))
+    return run_passes(program, PLANNING)
+
+
+def explain_no_chain(name: str, report: Report) -> str:
+    """Why nothing was rewritten: the nearest misses, one a line."""
+    misses = report.near_misses() or report.refusals[:3]
+    listed = "".join(f"\n  - {refusal}" for refusal in misses)
+    return f"{name} has no residual chain that can be rewritten." + (
+        f" The nearest misses:{listed}" if listed else " No residual add carries a stream from one sublayer to the next."
+    )
+
+
+def report_of(program: Program, planned: bool = True) -> Report:
+    return Report(
+        describe_chains(program.chains, program.plans), program.refusals, program.history, program.config if planned else None
+    )
+
+
+def _refuse_rewritten(model: nn.Module) -> None:
+    if any(isinstance(module, RewrittenModule) for module in model.modules()):
+        raise ConfigError(f"{type(model).__name__} was rewritten before; start from the original model.")
+
+
+def _program(captured: Captured, config: AttnResConfig) -> Program:
+    return Program(captured.graph_module, config, captured.parameters)
+
+
+def _as_module(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], captured: Captured, program: Program,
+    parameters: AttnResParameters, is_same_graph: Callable[[bool], bool],
+) -> RewrittenModule:  # fmt: skip
+    graph = program.graph_module.graph
+    tree = parameter_tree(model, parameters)
+    hold_constants(tree, program.graph_module)
+    name_of = qualified_names(model)
+    arguments = set(map(id, tree_flatten((args, kwargs))[0]))
+    own = {node for site in program.sites for node in (site.query, site.key_norm)}
+    bound: dict[Node, str] = {}
+    inputs: list[Any] = []
+    placeholders = [node for node in graph.find_nodes(op="placeholder") if node not in own]
+    for node, value in zip(placeholders, captured.inputs, strict=True):
+        name = name_of(value)
+        if name is not None:
+            bound[node] = name
+        elif id(value) in arguments:
+            inputs.append(value)
+        elif isinstance(value, Tensor):  # a tensor that the model holds outside its parameters and buffers
+            bound[node] = f"constant_{node.name}"
+            tree.register_buffer(bound[node], value, persistent=False)
+        else:
+            raise ConfigError(f"the graph depends on {node.name!r} = {value!r}, which is no argument of the model.")
+    for i, site in enumerate(program.sites):
+        bound[site.query] = f"{ATTRIBUTE}.sites.{i}.query"
+        if site.key_norm is not None:
+            bound[site.key_norm] = f"{ATTRIBUTE}.sites.{i}.key_norm"
+    bind_parameters(graph, bound)
+    signature = signature_of(model, args, kwargs, captured.result, inputs, captured.outputs)
+    return RewrittenModule.build(tree, graph, type(model).__name__, signature, report_of(program), is_same_graph)
+
+
+def _device_and_dtype(model: nn.Module, program: Program) -> tuple[torch.device | None, torch.dtype | None]:
+    """Where the new parameters live: like the model's first floating-point parameter, or like the stream."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype.itemsize >= 2:
+            return parameter.device, parameter.dtype
+    value = program.chains[0].root.meta["example_value"]
+    return value.device, value.dtype
+
+
+def _checked_config(config: AttnResConfig | None) -> AttnResConfig:
+    if config is None:
+        return AttnResConfig()
+    if not isinstance(config, AttnResConfig):
+        raise ConfigError(f"config must be an AttnResConfig, not {type(config).__name__}; build it as AttnResConfig(...).")
+    return config
+
+
+def checked_call(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    if not isinstance(model, nn.Module):
+        raise ModelTypeError(f"expected a torch.nn.Module, not {type(model).__name__}.")
+    original = getattr(model, "_orig_mod", None)  # what torch.compile(model) returned
+    if isinstance(original, nn.Module):
+        model = original
+    if isinstance(args, Tensor):
+        args = (args,)
+    if not isinstance(args, (tuple, list)) or not isinstance(kwargs or {}, dict):
+        raise ConfigError("args must be a tuple of the model's positional arguments, and kwargs a dict of the others.")
+    args, kwargs = tuple(args), dict(kwargs or {})
+    if not args and not kwargs:
+        kwargs = dummy_inputs(model)
+    return model, args, kwargs
+
+
+def dummy_inputs(model: nn.Module) -> dict[str, Any]:
+    """Example arguments of a Transformers model, on its device and without a key-value cache; empty for other models."""
+    config = getattr(model, "config", None)
+    first = next(model.parameters(), None)
+    if config is None or first is None or not hasattr(model, "dummy_inputs"):
+        return {}
+    if getattr(model, "main_input_name", "") == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        channels = getattr(config, "num_channels", 3)
+        return {"pixel_values": torch.zeros(1, channels, height, width, device=first.device, dtype=first.dtype)}
+    found = {}
+    examples: Any = model.dummy_inputs
+    for name, value in examples.items():
+        if isinstance(value, Tensor):
+            vocabulary = getattr(config, "vocab_size", None)
+            if not value.is_floating_point() and isinstance(vocabulary, int):
+                value = value % vocabulary
+            value = value.to(first.device)
+        found[name] = value
+    if getattr(config, "use_cache", None):
+        found["use_cache"] = False
+    return found

@@ -1,0 +1,1 @@
+"""The steps from a captured graph to a rewritten one: each takes a valid graph and leaves a valid graph."""

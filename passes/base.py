@@ -1,0 +1,127 @@
+"""What flows from pass to pass, how passes run, and what every graph between two passes must satisfy."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch.fx import GraphModule, Node
+
+from attnres_compile.chain import ResidualChain
+from attnres_compile.config import AttnResConfig
+from attnres_compile.errors import ConfigError, VerificationError
+from attnres_compile.plan import AttnResPlan
+from attnres_compile.report import PassReport, Refusal
+
+log = logging.getLogger(__name__)
+DISABLE_VARIABLE = "ATTNRES_DISABLE_PASSES"
+# Every pass, and whether it may be left out by its exact name.
+PASSES = {"normalize": False, "find_chains": False, "plan_blocks": False, "rewrite": False, "verify": True, "lower": True}
+MADE_BY = "attnres_pass"  # meta key of new nodes: the pass that made them
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteNodes:
+    """The nodes of one rewritten site; ``query`` and ``key_norm`` are graph inputs."""
+
+    call: Node
+    query: Node
+    key_norm: Node | None
+    stream: Node
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A graph on its way through the passes, and what they found out about it.
+
+    ``parameters`` names the placeholders that hold the model's parameters and buffers; ``sites`` follow the chains.
+    """
+
+    graph_module: GraphModule
+    config: AttnResConfig
+    parameters: frozenset[str] = frozenset()
+    chains: tuple[ResidualChain, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    plans: tuple[AttnResPlan, ...] = ()
+    sites: tuple[SiteNodes, ...] = ()
+    operations: tuple[str, ...] = ()
+    history: tuple[PassReport, ...] = ()
+
+
+class Pass(Protocol):
+    """A valid graph in, a valid graph out."""
+
+    @property
+    def name(self) -> str: ...
+
+    def run(self, program: Program) -> tuple[Program, int]:
+        """The new program, and the number of changes made or of things found."""
+        ...
+
+
+Hook = Callable[[Pass, Program], None]
+
+
+def run_passes(program: Program, passes: Sequence[Pass], hook: Hook | None = None) -> Program:
+    """Run ``passes`` in order; check the graph after each, log its name, change count, time and graph.
+
+    Raises:
+        ConfigError: if ``ATTNRES_DISABLE_PASSES`` names a pass that does not exist or that can't be left out.
+        VerificationError: if a pass leaves an invalid graph.
+    """
+    disabled = _disabled()
+    for step in passes:
+        if step.name in disabled:
+            log.info("pass %s: disabled", step.name)
+            continue
+        start = time.perf_counter()
+        program, changes = step.run(program)
+        entry = PassReport(step.name, changes, time.perf_counter() - start)
+        program = dataclasses.replace(program, history=(*program.history, entry))
+        check_graph(program.graph_module, step.name)
+        log.info("pass %s: %d changes in %.3f s", entry.name, entry.changes, entry.seconds)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("graph after %s:\n%s", step.name, program.graph_module.graph)
+        if hook is not None:
+            hook(step, program)
+    return program
+
+
+def _disabled() -> set[str]:
+    names = {name.strip() for name in os.environ.get(DISABLE_VARIABLE, "").split(",") if name.strip()}
+    optional = ", ".join(name for name, may_be_left_out in PASSES.items() if may_be_left_out)
+    for name in sorted(names):
+        if name not in PASSES:
+            raise ConfigError(f"{DISABLE_VARIABLE} names {name!r}, which is no pass; those that can be left out are: {optional}.")
+        if not PASSES[name]:
+            raise ConfigError(
+                f"{DISABLE_VARIABLE} names {name!r}, without which the model would run un-rewritten; those that can be left out "
+                f"are: {optional}."
+            )
+    return names
+
+
+def check_graph(graph_module: GraphModule, after: str) -> None:
+    """Hold the graph against its specification.
+
+    Raises:
+        VerificationError: naming the pass and the node.
+    """
+    graph = graph_module.graph
+    try:
+        graph.lint()
+    except (RuntimeError, ValueError) as error:
+        raise VerificationError(f"pass {after!r} left a malformed graph: {error}") from error
+    for node in graph.find_nodes(op="call_function", target=torch.ops.attnres.site.default):
+        sources, query = node.args[0], node.args[1]
+        if not isinstance(sources, (list, tuple)) or len(sources) < 2 or not isinstance(query, Node):
+            raise VerificationError(f"pass {after!r} left {node.name!r}, a site with fewer than two sources or without a query.")
+
+
+def is_site(node: Node) -> bool:
+    return node.op == "call_function" and node.target is torch.ops.attnres.site.default

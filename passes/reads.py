@@ -1,0 +1,138 @@
+"""Who reads a value of the residual stream: scale-invariant readers, raw readers, the output."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+
+import networkx
+from torch.fx import Node
+
+from attnres_compile.passes.graph_index import GraphIndex
+from attnres_compile.patterns.degrees import ONE, Degree, Eps, degree_of
+from attnres_compile.patterns.features import reductions_elsewhere
+from attnres_compile.patterns.operations import name_of, reads_only_metadata
+
+
+@dataclasses.dataclass(frozen=True)
+class Readers:
+    """One group of operations that read the stream together.
+
+    ``edges`` are pairs (value, user). ``outputs`` are the values of degree 0 that leave an invariant group; a raw group
+    has none and names in ``obstacles`` the operations that are not homogeneous, or (``is_elsewhere``) that normalise
+    another dimension than the stream's last.
+    """
+
+    edges: tuple[tuple[Node, Node], ...]
+    nodes: frozenset[Node]
+    outputs: tuple[Node, ...]
+    obstacles: tuple[Node, ...]
+    is_elsewhere: bool
+    eps: Eps | None
+
+    @property
+    def is_invariant(self) -> bool:
+        return not self.obstacles
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamReads:
+    """All reads of one value of the stream."""
+
+    stream: Node
+    images: dict[Node, Node | None]
+    groups: tuple[Readers, ...]
+    is_output: bool
+
+
+def reads_of(index: GraphIndex, stream: Node, next_add: Node | None, next_skip: Node | None) -> StreamReads:
+    """The reads of ``stream``; its use as the skip operand ``next_skip`` of ``next_add`` is none.
+
+    Degrees are propagated forward from the stream until every value has degree 0 or is not homogeneous; readers that
+    share a value of another degree belong together.
+    """
+    images = index.images(stream)
+    degrees: dict[Node, Degree] = dict.fromkeys(images, ONE)
+    found = _Propagation(index, images, degrees, next_add, next_skip)
+    groups = [_readers(component, found) for component in networkx.connected_components(found.together)]
+    ordered = sorted((g for g in groups if g is not None), key=lambda g: min(index.position[user] for _, user in g.edges))
+    return StreamReads(stream, images, tuple(ordered), found.is_output)
+
+
+class _Propagation:
+    """Forward propagation of degrees from one value of the stream."""
+
+    def __init__(
+        self, index: GraphIndex, images: dict[Node, Node | None], degrees: dict[Node, Degree], next_add: Node | None,
+        next_skip: Node | None,
+    ) -> None:  # fmt: skip
+        self.images, self.degrees = images, degrees
+        self.edges: list[tuple[Node, Node]] = []
+        self.obstacles: set[Node] = set()
+        self.eps: dict[Node, Eps] = {}
+        self.is_output = False
+        self.together = networkx.Graph()
+        queue: list[tuple[int, Node]] = []
+        queued: set[Node] = set()
+
+        def enqueue_users(value: Node) -> None:
+            for user in value.users:
+                if user not in queued and user not in images and not reads_only_metadata(user, value):
+                    is_skip = value is next_skip and user is next_add and list(user.args).count(value) == 1
+                    if not is_skip:
+                        queued.add(user)
+                        heapq.heappush(queue, (index.position[user], user))
+
+        for image in images:
+            enqueue_users(image)
+        while queue:
+            _, node = heapq.heappop(queue)
+            is_skip_of_node = node is next_add
+            sources = [
+                source
+                for source in node.all_input_nodes
+                if source in degrees and not reads_only_metadata(node, source) and not (is_skip_of_node and source is next_skip)
+            ]
+            if node.op == "output":
+                self.is_output = True
+                self.obstacles.update(s for s in sources if s not in images and not _is_zero(degrees[s]))
+                continue
+            self.together.add_node(node)
+            self.edges.extend((source, node) for source in sources if source in images)
+            for source in sources:
+                if source not in images and not _is_zero(degrees[source]):
+                    self.together.add_edge(source, node)
+            scaling = None if is_skip_of_node else degree_of(node, degrees)
+            if scaling is None:
+                self.obstacles.add(node)
+                continue
+            degrees[node] = scaling.degree
+            if scaling.eps is not None:
+                self.eps[node] = scaling.eps
+            if not _is_zero(scaling.degree):
+                enqueue_users(node)
+
+
+def _is_zero(degree: Degree) -> bool:
+    return all(part == 0 for part in degree) if isinstance(degree, tuple) else degree == 0
+
+
+def _readers(component: set[Node], found: _Propagation) -> Readers | None:
+    edges = tuple((value, user) for value, user in found.edges if user in component)
+    obstacles = tuple(sorted(component & found.obstacles, key=lambda n: n.name))
+    elsewhere = () if obstacles else reductions_elsewhere(edges, found.images, component)
+    outputs = tuple(n for n in component if n in found.degrees and _is_zero(found.degrees[n]))
+    if not edges or not (obstacles or outputs):
+        return None  # a computation that nothing uses
+    eps = next((found.eps[n] for n in component if n in found.eps), None)
+    return Readers(
+        edges, frozenset(component), () if obstacles or elsewhere else outputs, obstacles or elsewhere, bool(elsewhere), eps
+    )
+
+
+def describe_obstacles(readers: Readers) -> str:
+    """Why a raw group is no site."""
+    names = ", ".join(dict.fromkeys(name_of(node) for node in readers.obstacles))
+    if readers.is_elsewhere:
+        return f"reads the stream but normalises another dimension than its last ({names}): it keeps the plain sum"
+    return f"reads the stream but is not scale invariant ({names}): it keeps the plain sum"

@@ -1,0 +1,131 @@
+"""Residual streams: which sums are residual adds, and how they hang together as trunks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+
+from torch.fx import Node
+
+from attnres_compile.chain import ResidualAdd
+from attnres_compile.passes.graph_index import GraphIndex
+from attnres_compile.patterns.operations import same_shape
+from attnres_compile.patterns.residual import Sum, is_equal_shape_sum, match_sum
+
+
+@dataclasses.dataclass(frozen=True)
+class Trunk:
+    """The longest path of residual adds from one root. ``root`` is the first add's skip operand."""
+
+    root: Node
+    adds: tuple[ResidualAdd, ...]
+
+    @property
+    def values(self) -> tuple[Node, ...]:
+        """The successive values of the stream, the root first."""
+        return (self.root, *(add.node for add in self.adds))
+
+
+def find_trunks(index: GraphIndex) -> list[Trunk]:
+    """All trunks of the graph, in the order of their roots. Side branches of a tree are trunks of their own."""
+    adds, others = _residual_adds(index)
+    _adopt_injections(index, adds, others)
+    parent: dict[Node, Node] = {}
+    complete: dict[Node, ResidualAdd] = {}
+    children: dict[Node, list[Node]] = defaultdict(list)
+    for node in index.nodes:
+        if node in adds:
+            source, path = index.peel(adds[node].skip)
+            parent[node] = source
+            complete[node] = dataclasses.replace(adds[node], path=path)
+            children[source].append(node)
+    height: dict[Node, int] = {}
+    for node in reversed(index.nodes):
+        height[node] = 1 + max((height[child] for child in children.get(node, ())), default=0)
+    trunks = []
+    for node in index.nodes:
+        for child in _trunk_starts(node, parent, children, height):
+            # The root is what the first add reads, whatever transparent operations lie before it.
+            steps = [dataclasses.replace(complete[child], path=())]
+            while children.get(steps[-1].node):
+                steps.append(complete[max(children[steps[-1].node], key=lambda n: height[n])])
+            trunks.append(Trunk(steps[0].skip, tuple(steps)))
+    return trunks
+
+
+def _trunk_starts(node: Node, parent: dict[Node, Node], children: dict[Node, list[Node]], height: dict[Node, int]) -> list[Node]:
+    """The children of ``node`` at which a trunk begins: the tallest at a root, the others wherever a tree forks."""
+    found = children.get(node, [])
+    if not found:
+        return []
+    tallest = max(found, key=lambda child: height[child])
+    return [child for child in found if child is not tallest or node not in parent]
+
+
+def _residual_adds(index: GraphIndex) -> tuple[dict[Node, ResidualAdd], dict[Node, Sum]]:
+    """Sums split into residual adds and others.
+
+    The skip operand is the one on whose linear past the other operand depends. Where each depends on the other's past
+    (parallel branches, long skips) the operand that already is on a stream, or whose past holds the other, is the skip.
+    """
+    adds: dict[Node, ResidualAdd] = {}
+    others: dict[Node, Sum] = {}
+    past, ancestors = index.linear_past, index.ancestors
+    for node in index.nodes:
+        total = match_sum(node)
+        if total is None:
+            continue
+        if not is_equal_shape_sum(node, total):
+            others[node] = total
+            continue
+        left, right = total.left, total.right
+        left_is_skip = bool(ancestors[right] & past[left])
+        right_is_skip = bool(ancestors[left] & past[right])
+        if left_is_skip and right_is_skip:
+            left_is_skip, right_is_skip = _resolve(index, adds, left, right)
+        # A stream that is itself scaled by the sum (x - alpha f has a scaled branch, alpha x does not occur) stays out.
+        if left_is_skip and not right_is_skip and total.left_scale == 1.0:
+            adds[node] = ResidualAdd(node, left, right, total.right_scale)
+        elif right_is_skip and not left_is_skip and total.right_scale == 1.0:
+            adds[node] = ResidualAdd(node, right, left, total.left_scale)
+        else:
+            others[node] = total
+    return adds, others
+
+
+def _resolve(index: GraphIndex, adds: dict[Node, ResidualAdd], left: Node, right: Node) -> tuple[bool, bool]:
+    left_source, right_source = index.peel(left)[0], index.peel(right)[0]
+    left_on_stream, right_on_stream = left_source in adds, right_source in adds
+    if left_on_stream != right_on_stream:
+        return left_on_stream, right_on_stream
+    right_inside_left = bool(index.linear_past[left] & index.bit(right_source))
+    left_inside_right = bool(index.linear_past[right] & index.bit(left_source))
+    if right_inside_left != left_inside_right:
+        return right_inside_left, left_inside_right
+    return False, False
+
+
+def _adopt_injections(index: GraphIndex, adds: dict[Node, ResidualAdd], others: dict[Node, Sum]) -> None:
+    """Make residual adds of sums ``stream + v`` with v independent of the stream (conditioning, late embeddings).
+
+    Only a sum that carries on a stream and is itself carried on counts: one operand is a residual add, and a later
+    residual add has the sum as its skip operand.
+    """
+    carried_on = {index.peel(add.skip)[0] for add in adds.values()}
+    for node in sorted(others, key=index.position.__getitem__, reverse=True):
+        if node not in carried_on:
+            continue
+        total = others[node]
+        options = []
+        for skip, branch, skip_scale, branch_scale in (
+            (total.left, total.right, total.left_scale, total.right_scale),
+            (total.right, total.left, total.right_scale, total.left_scale),
+        ):
+            source, path = index.peel(skip)
+            independent = not index.ancestors[branch] & index.linear_past[skip]
+            fits = same_shape(skip, node) and (same_shape(branch, node) or not path)
+            if skip_scale == 1.0 and independent and fits and (source in adds or source in others):
+                options.append(ResidualAdd(node, skip, branch, branch_scale))
+        if len(options) == 1:
+            adds[node] = options[0]
+            carried_on.add(index.peel(options[0].skip)[0])

@@ -1,0 +1,80 @@
+"""Which dimension a norm normalises. Depth attention scores feature vectors, so it must be the stream's last dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch.fx import Node
+
+from attnres_compile.patterns.operations import PERMUTES, argument, is_float_tensor, name_of, shape_of
+
+_REDUCTIONS = frozenset({
+    "mean", "nanmean", "sum", "var", "std", "var_mean", "std_mean", "vector_norm", "amax", "amin", "max", "min", "normalize",
+})  # fmt: skip
+_DIMENSION_POSITION = {"vector_norm": 2, "normalize": 2}
+# The first dimension that they normalise: channels (in groups) and space, or space alone.
+_OVER_CHANNELS = {"group_norm": 1, "native_group_norm": 1, "instance_norm": 2}
+_OVER_LAST = frozenset({"layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm"})
+Images = Mapping[Node, Node | None]
+
+
+def reductions_elsewhere(edges: Collection[tuple[Node, Node]], images: Images, component: Collection[Node]) -> tuple[Node, ...]:
+    """The operations of a reading ``component`` that normalise something else than the stream's feature vectors.
+
+    ``edges`` are the component's reads of the stream's ``images``, each of which maps to the image that it was made from.
+    """
+    features = {_feature_dimension(value, images) for value, _ in edges}
+    if len(features) != 1 or None in features:
+        return tuple(user for _, user in edges)
+    feature = features.pop()
+    assert feature is not None
+    ranks = {len(shape_of(value) or ()) for value, _ in edges}
+    found = []
+    for node in component:
+        source = node.args[0] if node.args else None
+        if not is_float_tensor(source):
+            continue
+        name, rank = name_of(node), len(shape_of(source) or ())
+        if (
+            (name in _OVER_CHANNELS and feature % rank < _OVER_CHANNELS[name])
+            or (name in _OVER_LAST and feature != -1)
+            or (name in _REDUCTIONS and rank in ranks and feature not in _reduced(node, rank))
+        ):
+            found.append(node)
+    return tuple(found)
+
+
+def _reduced(node: Node, rank: int) -> set[int]:
+    """The dimensions that ``node`` reduces, counted from the end."""
+    default = 1 if name_of(node) == "normalize" else None
+    dims = argument(node, _DIMENSION_POSITION.get(name_of(node), 1), "dim", default)
+    if dims is None or isinstance(dims, bool):  # all of them; var(x, unbiased) has its flag where others have dim
+        return set(range(-rank, 0)) if rank == 1 else set()
+    listed = dims if isinstance(dims, (list, tuple)) else [dims]
+    return {dim % rank - rank for dim in listed if isinstance(dim, int)}
+
+
+def _feature_dimension(value: Node, images: Images) -> int | None:
+    """Where the stream's last dimension stands in ``value``, counted from the end; None if that can't be told."""
+    source = images[value]
+    if source is None:
+        return -1
+    position = _feature_dimension(source, images)
+    if position is None:
+        return None
+    if name_of(value) in PERMUTES:
+        return _moved(value, position)
+    keeps_rank = len(shape_of(value) or ()) == len(shape_of(source) or ())
+    return position if position == -1 or keeps_rank else None
+
+
+def _moved(node: Node, position: int) -> int | None:
+    """Where a transposition or permutation takes the dimension at ``position``."""
+    rank, name = len(shape_of(node) or ()), name_of(node)
+    arguments = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (list, tuple)) else node.args[1:]
+    dims = [dim % rank - rank for dim in arguments if isinstance(dim, int)] if name != "t" else [-1, -2]
+    if name in ("transpose", "swapaxes", "swapdims", "t") and len(dims) == 2:
+        return dims[1 - dims.index(position)] if position in dims else position
+    if name == "permute" and len(dims) == rank:
+        return dims.index(position) - rank
+    return None

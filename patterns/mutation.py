@@ -1,0 +1,53 @@
+"""Which tensors an operation writes to: no residual stream may be followed across such a write."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from attnres_compile.patterns.operations import is_call, value_of
+
+_OPERATORS = frozenset({
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
+    operator.ipow, operator.iand, operator.ior, operator.ixor,
+})  # fmt: skip
+
+
+def written_tensors(node: Node) -> tuple[Node, ...]:
+    """The tensor operands that ``node`` writes to in place."""
+    if not is_call(node):
+        return ()
+    target: Any = node.target
+    written: list[Any] = []
+    if isinstance(target, torch._ops.OpOverload):
+        schema = target._schema.arguments
+        written = [
+            node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            for i, argument in enumerate(schema)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+    elif target in _OPERATORS or _is_named_in_place(node) or node.kwargs.get("inplace") is True:
+        written = list(node.args[:1])
+    if "out" in node.kwargs:
+        written.append(node.kwargs["out"])
+    return tuple(value for value in written if isinstance(value, Node))
+
+
+def _is_named_in_place(node: Node) -> bool:
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name.endswith("_") and not name.endswith("__")
+
+
+def memory_of(value: Node) -> Hashable:
+    """What two values have in common when they share memory: views, ``.data``, casts to their own dtype.
+
+    Example values are computed by the operations themselves, so that their storages alias as the real ones will.
+    """
+    example = value_of(value)
+    if isinstance(example, torch.Tensor):
+        return example.untyped_storage()._cdata
+    return value

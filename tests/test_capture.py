@@ -1,0 +1,213 @@
+"""One test per assumption about torch's private API; a failure names the behaviour of torch that changed."""
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.testing import CompileCounter
+
+from attnres_compile import capture
+from attnres_compile.errors import CaptureError, ChainCutError, ConfigError
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.register_buffer("shift", torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + self.shift
+
+
+def seen_by_backend(look, model: nn.Module | None = None, call=None):
+    """What ``look(graph_module)`` returns inside a backend."""
+    found = []
+
+    def backend(graph_module, example_inputs):
+        found.append(look(graph_module))
+        return graph_module.forward
+
+    model = model or Net()
+    torch.compile(call or model, backend=backend)(torch.randn(2, 4))
+    return found
+
+
+def test_placeholders_carry_a_source_with_an_expression() -> None:
+    (names,) = seen_by_backend(lambda gm: [capture.source_name(node) for node in gm.graph.find_nodes(op="placeholder")])
+    assert "L['self']._modules['inner']._parameters['weight']" in names
+    assert "L['self']._buffers['shift']" in names
+    assert "L['x']" in names
+
+
+def test_parameters_and_buffers_are_told_from_arguments() -> None:
+    (names,) = seen_by_backend(capture.parameter_placeholders)
+    assert len(names) == 3 and not any(name.startswith("l_x") for name in names)
+
+
+def test_module_names_stand_in_nn_module_stack() -> None:
+    def stacks(graph_module):
+        return [list(node.meta["nn_module_stack"].values())[-1][0] for node in graph_module.graph.nodes if "linear" in node.name]
+
+    assert seen_by_backend(stacks) == [["L['self'].inner"]]
+
+
+def test_the_frame_s_locals_hold_the_model() -> None:
+    model = Net()
+    (frame,) = seen_by_backend(capture.current_frame, model)
+    assert frame.roots == {"L['self']": model} and frame.cut == "" and frame.has_parameters
+
+
+def test_a_model_in_a_closure_is_found() -> None:
+    model = Net()
+
+    def step(x):
+        return model(x).sum()
+
+    (frame,) = seen_by_backend(capture.current_frame, call=step)
+    assert list(frame.roots.values()) == [model]
+
+
+def test_a_graph_break_is_told_to_the_backend() -> None:
+    class Broken(Net):
+        def forward(self, x):
+            x = self.inner(x)
+            torch._dynamo.graph_break()
+            return x + self.shift
+
+    before, after = seen_by_backend(capture.current_frame, Broken())
+    assert "graph break" in before.cut and "test_capture.py" in before.cut
+    assert "graph break in 'forward'" in after.cut
+
+
+def test_sources_of_new_parameters_are_guarded() -> None:
+    """ID_MATCH on the host, CONSTANT_MATCH on requires_grad, both installed while the backend runs."""
+    model = Net()
+    compiles = []
+
+    def backend(graph_module, example_inputs):
+        compiles.append(1)
+        capture.guard_on("L['self']", "")
+        source = capture._source_of_root(InstructionTranslator.current_tx().output, "L['self']")
+        weight = capture.DictGetItemSource(
+            capture.AttrSource(capture.DictGetItemSource(capture.AttrSource(source, "_modules"), "inner"), "_parameters"),
+            "weight",
+        )
+        capture.guard_on_tensors([weight])
+        return graph_module.forward
+
+    compiled = torch.compile(model, backend=backend)
+    compiled(torch.randn(2, 4))
+    compiled(torch.randn(2, 4))
+    assert len(compiles) == 1
+    torch.compile(Net(), backend=backend)(torch.randn(2, 4))
+    assert len(compiles) == 2, "a second instance shared the first one's graph"
+
+
+def test_errors_pass_through_dynamo_as_they_are() -> None:
+    def backend(graph_module, example_inputs):
+        capture.raise_through_dynamo(ConfigError("no such option"))
+
+    with pytest.raises(ConfigError, match=r"^no such option"):
+        torch.compile(Net(), backend=backend)(torch.randn(2, 4))
+
+
+def test_skipped_code_is_inlined_but_not_compiled_alone() -> None:
+    counter = CompileCounter()
+
+    def helper(x):
+        return x + 1
+
+    capture.never_compile_alone(helper)
+    torch.compile(helper, backend=counter)(torch.ones(2))
+    assert counter.frame_count == 0
+
+    def outer(x):
+        return helper(x) * 2
+
+    torch.compile(outer, backend=counter)(torch.ones(2))
+    assert counter.frame_count == 1 and counter.op_count == 2
+
+
+def test_active_dynamo_is_noticed() -> None:
+    seen = []
+
+    def hook(module, args):
+        if not torch.compiler.is_compiling():
+            seen.append(capture.dynamo_is_active())
+
+    capture.never_compile_alone(hook)
+    model = Net()
+    model.register_forward_pre_hook(hook)
+    model(torch.randn(2, 4))
+    torch.compile(model, backend="eager")(torch.randn(2, 4))
+    assert seen == [False, True]
+
+
+def test_capture_runs_nothing_and_leaves_no_cache_entry() -> None:
+    ran = []
+
+    class Watched(Net):
+        def forward(self, x):
+            return super().forward(x)
+
+    model = Watched()
+    for _ in range(2 * torch._dynamo.config.recompile_limit):
+        captured = capture.capture(model, (torch.randn(2, 4),), {})
+        ran.append(captured.outputs)
+    assert set(ran) == {()}
+    assert len(captured.parameters) == 3
+
+
+def test_capture_with_run_gives_inputs_and_outputs() -> None:
+    model, x = Net(), torch.randn(2, 4)
+    captured = capture.capture(model, (x,), {}, run=True)
+    assert any(value is x for value in captured.inputs)
+    assert any(value is model.inner.weight for value in captured.inputs)
+    torch.testing.assert_close(captured.result, model(x))
+    assert captured.result is captured.outputs[0]
+
+
+def test_capture_works_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        captured = capture.capture(Net(), (torch.empty(2, 4),), {}, run=True)
+    assert captured.result.device.type == "meta"
+
+
+def test_capture_names_a_graph_break() -> None:
+    class Broken(Net):
+        def forward(self, x):
+            print("here")
+            return super().forward(x)
+
+    with pytest.raises(
+        ChainCutError, match=r"Broken can't be captured in one graph: a graph break at .*test_capture.py:\d+: print"
+    ):
+        capture.capture(Broken(), (torch.randn(2, 4),), {})
+
+
+def test_capture_explains_wrong_arguments() -> None:
+    with pytest.raises(
+        CaptureError, match=r"Net failed .*: RuntimeError: a and b must have same reduction dim.*test_capture.py:\d+"
+    ):
+        capture.capture(Net(), (torch.randn(2, 5),), {})
+    with pytest.raises(CaptureError, match="Net can't be called with the example arguments: missing a required argument: 'x'"):
+        capture.capture(Net(), (), {})
+
+
+def test_a_graph_copy_keeps_sources_and_meta() -> None:
+    def look(graph_module):
+        copied = capture.copy_graph(graph_module)
+        pairs = zip(graph_module.graph.nodes, copied.graph.nodes, strict=True)
+        return all(
+            a.name == b.name and a.meta.keys() == b.meta.keys() and capture.source_name(a) == capture.source_name(b)
+            for a, b in pairs
+        )
+
+    assert seen_by_backend(look) == [True]
+
+
+def test_unknown_inductor_modes_are_refused() -> None:
+    graph_module = torch.fx.symbolic_trace(Net())
+    with pytest.raises(ConfigError, match="unknown mode 'fastest'; the modes are: default"):
+        capture.compile_with_inductor(graph_module, [torch.randn(2, 4)], "fastest")
