@@ -214,7 +214,8 @@ def _leave(module: nn.Module) -> None:
     calls = _calls()
     mine = [call for call in calls if call.host is module]
     calls[:] = [call for call in calls if call.host is not module]
-    if not any(call.rewritten for call in mine):
+    # No record at all: the model was converted in the middle of this very call, by the backend that rewrote it.
+    if mine and not any(call.rewritten for call in mine):
         raise NotRewrittenError(
             f"{type(module).__name__} was converted to Attention Residuals, but its forward call ran with the standard residual "
             "stream: another backend compiled it, or Dynamo gave up on it (TORCH_LOGS=recompiles,graph_breaks shows why). Run it "

@@ -5,8 +5,11 @@ from __future__ import annotations
 import inspect
 import linecache
 import re
+from pathlib import Path
 
 from torch import nn
+
+_OURS = str(Path(__file__).parent)
 
 
 def forward_ranges(root: nn.Module) -> list[tuple[str, int, int]]:
@@ -54,5 +57,5 @@ def first_line(text: str) -> str:
 def user_place(text: str) -> str:
     """The last of the model's own lines in Dynamo's explanation, as " at file:line: code"."""
     places = re.findall(r'File "([^"]+)", line (\d+), in \S+\n\s*(.+)', text)
-    own = [place for place in places if "/torch/" not in place[0]] or places
+    own = [place for place in places if "/torch/" not in place[0] and not place[0].startswith(_OURS)]
     return f" at {own[-1][0]}:{own[-1][1]}: {own[-1][2].strip()}" if own else ""

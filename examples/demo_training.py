@@ -38,7 +38,7 @@ class Run:
         decayed = [p for p in model.parameters() if p.ndim > 1]
         kept = [p for p in model.parameters() if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95))
+        self.optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95), fused=True)
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self.validation: list[tuple[int, float]] = []

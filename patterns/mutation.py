@@ -48,6 +48,9 @@ def memory_of(value: Node) -> Hashable:
     Example values are computed by the operations themselves, so that their storages alias as the real ones will.
     """
     example = value_of(value)
-    if isinstance(example, torch.Tensor):
+    if not isinstance(example, torch.Tensor):
+        return value
+    try:
         return example.untyped_storage()._cdata
-    return value
+    except NotImplementedError:  # tensors inside vmap have no storage, and no in-place arithmetic that leaves it
+        return value

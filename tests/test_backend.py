@@ -144,6 +144,15 @@ class TestLifeOfAModel:
         model.forward = torch.compile(model.forward, backend=eager)
         torch.testing.assert_close(model(ids).logits, expected)
 
+    def test_the_first_call_of_a_model_with_hooks_of_its_own(self) -> None:
+        """The backend attaches parameters and hooks while PyTorch goes through the model's hooks."""
+        model, ids = llama(), ids_of(2, 9)
+        expected = model(ids).logits
+        model.register_forward_hook(lambda module, args, output: None)
+        model.forward = torch.compile(model.forward, backend=eager)
+        for _ in range(2):
+            torch.testing.assert_close(model(ids).logits, expected)
+
     def test_a_compiled_training_step_around_the_model(self) -> None:
         model, ids = llama(), ids_of(2, 9)
         ac.convert_(model, args=(ids,))

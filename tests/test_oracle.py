@@ -81,7 +81,7 @@ def test_rewrite_is_the_definition(name: str, config: ac.AttnResConfig) -> None:
 @pytest.mark.parametrize("name", ORACLES)
 @pytest.mark.parametrize("config", [CONFIGS["full"], CONFIGS["block-3"]], ids=["full", "block-3"])
 def test_inductor_is_the_definition(name: str, config: ac.AttnResConfig) -> None:
-    model = tiny(name).train()
+    model = tiny(name, attn_implementation="eager").train()  # torch 2.11 fails on SDPA's float64 backward
     (ids,), kwargs = example_inputs(name)
     with promote_to_float64(model):
         ac.convert_(model, config, (ids,), kwargs)
@@ -93,7 +93,7 @@ def test_inductor_is_the_definition(name: str, config: ac.AttnResConfig) -> None
 
 def test_the_compiled_rewrite_is_the_rewrite() -> None:
     """A rewritten module is a graph that torch.compile takes whole; the operator stays, with its own backward."""
-    model = tiny("llama").train()
+    model = tiny("llama", attn_implementation="eager").train()
     (ids,), kwargs = example_inputs("llama")
     with promote_to_float64(model):
         rewritten = ac.rewrite(model, CONFIGS["block-3"], (ids,), kwargs)

@@ -175,3 +175,17 @@ def test_a_module_without_norms_at_its_end_keeps_its_output() -> None:
         rewritten = ac.rewrite(model, ac.AttnResConfig(num_blocks=2), (x,))
         assert rewritten.report.chains[0].sites[0].module == "layers.0.norm2"
         torch.testing.assert_close(rewritten(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_branch_under_vmap() -> None:
+    class Mapped(Hidden):
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.sin(x)
+            for norm, layer in zip(self.norms, self.layers, strict=False):
+                x = x + torch.vmap(torch.matmul, in_dims=(0, None))(norm(x), layer.weight)
+            return self.norms[-1](x)
+
+    model, x = Mapped().double(), torch.randn(3, 8, dtype=torch.float64)
+    rewritten = ac.rewrite(model, ac.AttnResConfig(num_blocks=2), (x,))
+    assert rewritten.report.num_sites == 4
+    torch.testing.assert_close(rewritten(x), model(x), rtol=1e-12, atol=1e-12)

@@ -150,6 +150,10 @@ class TestCutChains:
             with pytest.raises(ac.ChainCutError, match=r"a graph break at .*test_safety.py:\d+: torch._dynamo.graph_break"):
                 function(Net(broken=1), args=(BATCH,))
 
+    def test_a_model_that_dynamo_does_not_trace(self) -> None:
+        with pytest.raises(ac.ChainCutError, match=r"LSTM can't be captured in one graph: a graph break \(Attempted to wrap RNN"):
+            ac.detect(nn.LSTM(4, 4), (torch.randn(2, 3, 4),))
+
     def test_code_around_the_model_may_break(self) -> None:
         model = converted()
 
