@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -16,7 +15,7 @@ import attnres_compile.kernels.ops  # noqa: F401  (registers the attnres:: opera
 from attnres_compile import capture
 from attnres_compile.capture import Frame
 from attnres_compile.config import AttnResConfig
-from attnres_compile.convert import explain_no_chain, report_of
+from attnres_compile.convert import device_and_dtype, explain_no_chain, report_of
 from attnres_compile.errors import AttnResError, ChainCutError, ConfigError, NoResidualChainError, ParameterMismatchError
 from attnres_compile.parameters import (
     ATTRIBUTE,
@@ -153,11 +152,7 @@ def _attach_late(host: nn.Module, report: Report, program: Program) -> AttnResPa
             f"{type(host).__name__} was wrapped for distributed training before it had AttnRes parameters, which would then not "
             "be synchronised between ranks; call attnres_compile.convert_(model, ...) before wrapping it."
         )
-    like = next((p for p in host.parameters() if p.is_floating_point() and p.dtype.itemsize >= 2), None)
-    stream = program.chains[0].root.meta["example_value"]
-    source = stream if like is None else like
-    with torch.device(source.device):
-        parameters = attach(host, report, source.device, source.dtype)
+    parameters = attach(host, report, *device_and_dtype(host, program))
     log.warning(
         "%s was not converted yet: its %d sites got their parameters on this first call, as model.attnres. To have them before "
         "the optimizer is built, call attnres_compile.convert_(model, ...) first.",

@@ -69,7 +69,7 @@ def convert_(
         raise ConfigError(f"{type(model).__name__} was converted before; converting twice would rewrite the rewritten.")
     program = plan(capture(model, args, kwargs), config, type(model).__name__)
     report = report_of(program)
-    attach(model, report, *_device_and_dtype(model, program))
+    attach(model, report, *device_and_dtype(model, program))
     return report
 
 
@@ -103,7 +103,7 @@ def rewrite(
         existing.check(report)
         parameters = existing
     else:
-        device, dtype = _device_and_dtype(model, program)
+        device, dtype = device_and_dtype(model, program)
         assert report.config is not None
         parameters = AttnResParameters(report.config, layout_of(report), device, dtype)
 
@@ -194,7 +194,7 @@ def _as_module(
     return RewrittenModule.build(tree, graph, type(model).__name__, signature, report_of(program), is_same_graph)
 
 
-def _device_and_dtype(model: nn.Module, program: Program) -> tuple[torch.device | None, torch.dtype | None]:
+def device_and_dtype(model: nn.Module, program: Program) -> tuple[torch.device | None, torch.dtype | None]:
     """Where the new parameters live: like the model's first floating-point parameter, or like the stream."""
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.dtype.itemsize >= 2:

@@ -69,6 +69,9 @@ def main(
     setting = QUICK if quick else Setting()
     wanted = {"steps_pretrain": steps_pretrain, "steps": steps, "num_blocks": num_blocks}
     setting = dataclasses.replace(setting, **{name: value for name, value in wanted.items() if value is not None})
+    if setting.num_blocks > 2 * setting.layers:
+        raise typer.BadParameter(f"{setting.layers} layers are {2 * setting.layers} sublayers: no more blocks than that.")
+    out.parent.mkdir(parents=True, exist_ok=True)
     deadline = started + setting.time_limit
     torch.manual_seed(seed)
 

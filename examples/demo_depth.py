@@ -53,12 +53,12 @@ def depth_attention(gm: fx.GraphModule, report: ac.Report, *inputs: Tensor) -> D
     recorder = _SiteRecorder(gm)
     recorder.run(*inputs)
     (chain,) = report.chains
-    size, blocks = chain.block_sizes[0], len(chain.block_sizes)
-    sources = ["embedding", *(f"block {n}" for n in range(1, blocks + 1)), "partial sum"]
+    blocks = chain.block_sizes or ()
+    sources = ["embedding", *(f"block {n}" for n in range(1, len(blocks) + 1)), "partial sum"]
     table = torch.full((len(recorder.weights), len(sources)), float("nan"))
     for row, (weights, site) in enumerate(zip(recorder.weights, chain.sites, strict=True)):
         # Inside a block the last source is the sum of the block's sublayers so far. It has a column of its own.
-        inside = site.before % size != 0 and site.before < chain.num_sublayers
+        inside = site.before % blocks[0] != 0 and site.before < chain.num_sublayers
         complete = len(weights) - inside
         table[row, :complete] = weights[:complete]
         if inside:
