@@ -13,7 +13,6 @@ from torch.fx import GraphModule
 
 import attnres_compile.kernels.ops  # noqa: F401  (registers the attnres:: operators)
 from attnres_compile import capture
-from attnres_compile.capture import Frame
 from attnres_compile.config import AttnResConfig
 from attnres_compile.convert import device_and_dtype, explain_no_chain, report_of
 from attnres_compile.errors import AttnResError, ChainCutError, ConfigError, NoResidualChainError, ParameterMismatchError
@@ -88,11 +87,9 @@ def _compile(
     program = run_passes(program, PLANNING)
     report = relative_to(report_of(program), ".".join(filter(None, (clean_path(root[0]), path))))
     if isinstance(existing, AttnResParameters):
-        parameters = existing
-        parameters.check(report)
-    else:
-        parameters = _attach_late(host, report, program)
+        existing.check(report)
     program = run_passes(program, REWRITING + LOWERING)
+    parameters = existing if isinstance(existing, AttnResParameters) else _attach_late(host, report, program)
     tensors = parameters.tensors()
     _tie_to_dynamo(root[0], path, program, parameters)
     compiled = compiler(graph_module, [*example_inputs, *tensors], mode)
@@ -213,6 +210,3 @@ class RewrittenCall:
                 )
         note_execution(host)
         return self.compiled(*args, *tensors)
-
-
-__all__ = ["Frame", "attnres", "compile_rewritten"]
