@@ -29,7 +29,7 @@ from torch.fx import Graph, GraphModule, Node
 from attnres_compile.errors import AttnResError, CaptureError, ChainCutError, ConfigError
 from attnres_compile.places import first_line, forward_ranges, is_inside, user_place
 
-_DYNAMIC_MARK = "_dynamo_propagated_dynamic_indices"
+_DYNAMIC_MARKS = ("_dynamo_propagated_dynamic_indices", "_dynamo_weak_dynamic_indices")  # the second up to torch 2.12
 _ROOT = re.compile(r"^(?P<root>[LG]\[(?:'[^']*'|\"[^\"]*\")\].*?)(?:\._modules\[|\._parameters\[|\._buffers\[)")
 
 
@@ -341,14 +341,14 @@ def _capturing(leaves: Iterable[Any]) -> Iterator[None]:
 
     Compiled code leaves marks on tensors that it ran with dynamic shapes; they are set aside meanwhile.
     """
-    marked = [leaf for leaf in leaves if hasattr(leaf, _DYNAMIC_MARK)]
-    marks = [leaf.__dict__.pop(_DYNAMIC_MARK) for leaf in marked]
+    found = [(leaf, mark) for leaf in leaves for mark in _DYNAMIC_MARKS if mark in getattr(leaf, "__dict__", ())]
+    marks = [(leaf, mark, leaf.__dict__.pop(mark)) for leaf, mark in found]
     try:
         with torch._dynamo.config.patch(suppress_errors=False, automatic_dynamic_shapes=False, assume_static_by_default=True):
             yield
     finally:
-        for leaf, mark in zip(marked, marks, strict=True):
-            setattr(leaf, _DYNAMIC_MARK, mark)
+        for leaf, mark, value in marks:
+            setattr(leaf, mark, value)
 
 
 def _innermost(error: Exception) -> str:
