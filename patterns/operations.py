@@ -29,10 +29,6 @@ CASTS = frozenset({"to", "float", "double", "half", "bfloat16", "type", "type_as
 RESHAPES = frozenset({"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "view_as", "reshape_as", "ravel"})
 PERMUTES = frozenset({"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t"})
 SLICES = frozenset({"getitem", "select", "narrow"})
-VIEWS = (
-    RESHAPES | PERMUTES | SLICES | {"expand", "expand_as", "chunk", "split", "unbind", "detach", "as_strided", "T", "mT"}
-    | {"to", "float", "double", "half", "bfloat16", "type_as", "contiguous", "alias"}
-)  # fmt: skip
 DROPOUTS = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"})
 METADATA_READS = frozenset({
     "size", "dim", "numel", "stride", "getattr", "ndimension", "nelement", "get_device", "is_contiguous",
