@@ -27,6 +27,7 @@ from torch._guards import Source
 from torch.fx import Graph, GraphModule, Node
 
 from attnres_compile.errors import AttnResError, CaptureError, ChainCutError, ConfigError
+from attnres_compile.passes.normalize import remove_markers
 from attnres_compile.places import first_line, forward_ranges, is_inside, user_place
 
 _DYNAMIC_MARKS = ("_dynamo_propagated_dynamic_indices", "_dynamo_weak_dynamic_indices")  # the second up to torch 2.12
@@ -191,13 +192,10 @@ def is_inside_ddp() -> bool:
 def parameter_sources(root: str, host_path: str, sites: int, names: Sequence[str]) -> list[Source]:
     """Sources of ``attnres.sites[i].<name>``, site after site, of the host at ``host_path`` below the expression ``root``."""
     output = InstructionTranslator.current_tx().output
-    base = _source_of_root(output, root)
-    path = [part for part in host_path.split(".") if part]
-    for part in (*path, "attnres", "sites"):
-        base = DictGetItemSource(AttrSource(base, "_modules"), part)
+    host = _submodule_source(_source_of_root(output, root), host_path)
     found: list[Source] = []
     for i in range(sites):
-        site = DictGetItemSource(AttrSource(base, "_modules"), str(i))
+        site = _submodule_source(host, f"attnres.sites.{i}")
         found.extend(DictGetItemSource(AttrSource(site, "_parameters"), name) for name in names)
     return found
 
@@ -214,13 +212,18 @@ def _source_of_root(output: Any, root: str) -> Source:
     raise CaptureError(f"Dynamo has no source named {root}; this torch version is not supported.")
 
 
+def _submodule_source(source: Source, path: str) -> Source:
+    """The source of the submodule at the qualified name ``path``, which is "" for the module itself."""
+    for part in filter(None, path.split(".")):
+        source = DictGetItemSource(AttrSource(source, "_modules"), part)
+    return source
+
+
 def guard_on(root: str, host_path: str) -> None:
     """Tie the graph being compiled to this very host module: another instance of its class gets a graph of its own."""
     output = InstructionTranslator.current_tx().output
-    base = _source_of_root(output, root)
-    for part in (part for part in host_path.split(".") if part):
-        base = DictGetItemSource(AttrSource(base, "_modules"), part)
-    install_guard(base.make_guard(GuardBuilder.ID_MATCH))
+    host = _submodule_source(_source_of_root(output, root), host_path)
+    install_guard(host.make_guard(GuardBuilder.ID_MATCH))
 
 
 def guard_on_tensors(sources: Sequence[Source]) -> None:
@@ -281,9 +284,7 @@ class _CapturingBackend:
     def _execute(self, *inputs: Any) -> tuple[Any, ...]:
         assert self.graph_module is not None
         plain = copy_graph(self.graph_module)
-        for node in list(plain.graph.find_nodes(op="call_function", target=torch.ops.attnres.only_rewritten.default)):
-            node.replace_all_uses_with(node.args[0])
-            plain.graph.erase_node(node)
+        remove_markers(plain.graph)
         plain.recompile()
         self.inputs = inputs
         with torch.no_grad():

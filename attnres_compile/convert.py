@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,8 +26,6 @@ from attnres_compile.rewritten import (
     qualified_names,
     signature_of,
 )
-
-log = logging.getLogger(__name__)
 
 
 def detect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Report:
