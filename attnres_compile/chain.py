@@ -27,7 +27,9 @@ class ResidualAdd:
 class Read:
     """Scale-invariant readers (norms) of one value of the residual stream.
 
-    ``edges`` are pairs (value, user): ``value`` is the stream node or a transparent image of it, ``user`` reads it.
+    ``stream`` holds feature vectors along its last dimension; ``path`` are the relayouts that lead to it from the residual
+    add, none where the add itself has that layout. ``edges`` are pairs (value, user): ``value`` is ``stream`` or a
+    transparent image of it, ``user`` reads it.
     ``modules`` are the qualified names of the readers' modules, in order of execution. ``eps`` is that of the first
     reader's norm, as added to a mean square, or None where the graph shows none.
     """
@@ -37,6 +39,7 @@ class Read:
     modules: tuple[str, ...]
     source_line: str
     eps: float | None
+    path: tuple[Node, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
+from torch.fx import Node
+
 from attnres_compile.chain import Read, ResidualChain
 from attnres_compile.passes.base import Program
+from attnres_compile.passes.breaks import Breaks, attention_over_depth, broken_streams, opaque_operators
+from attnres_compile.passes.candidates import Candidate
 from attnres_compile.passes.graph_index import GraphIndex
 from attnres_compile.passes.reads import StreamReads, describe_obstacles, reads_of
 from attnres_compile.passes.streams import Trunk, find_trunks
-from attnres_compile.passes.verdict import Candidate, judge
+from attnres_compile.passes.verdict import judge
 from attnres_compile.patterns.operations import module_of, shape_of, source_line_of
 from attnres_compile.report import Refusal
 
@@ -22,8 +26,13 @@ class FindChains:
 
     def run(self, program: Program) -> tuple[Program, int]:
         index = GraphIndex(program.graph_module.graph, program.parameters)
-        candidates = [_candidate(index, trunk) for trunk in find_trunks(index)]
-        accepted, refusals = judge(index, candidates)
+        trunks, loose = find_trunks(index)
+        breaks = Breaks(
+            tuple(broken_streams(index, loose)),
+            tuple(attention_over_depth(index, trunks)),
+            opaque_operators(program.graph_module),
+        )
+        accepted, refusals = judge(index, [_candidate(index, trunk) for trunk in trunks], breaks)
         chains = []
         for candidate, kind in accepted:
             chains.append(_chain(candidate, kind))
@@ -33,13 +42,8 @@ class FindChains:
 
 
 def _candidate(index: GraphIndex, trunk: Trunk) -> Candidate:
-    reads = []
-    for i, stream in enumerate(trunk.values):
-        if i < len(trunk.adds):
-            reads.append(reads_of(index, stream, trunk.adds[i].node, trunk.adds[i].skip))
-        else:
-            reads.append(reads_of(index, stream, None, None))
-    return Candidate(trunk, tuple(reads))
+    following = [*trunk.adds, None]
+    return Candidate(trunk, tuple(reads_of(index, stream, add) for stream, add in zip(trunk.values, following, strict=True)))
 
 
 def _chain(candidate: Candidate, kind: str) -> ResidualChain:
@@ -59,7 +63,7 @@ def _chain(candidate: Candidate, kind: str) -> ResidualChain:
         read = _read(stream_reads)
         if read is not None:
             reads.append((read, len(sublayers)))
-    shape = shape_of(candidate.trunk.adds[0].node)
+    shape = shape_of(reads[0][0].stream)
     assert shape is not None
     return ResidualChain(candidate.trunk.root, tuple(sublayers), tuple(reads), kind, int(shape[-1]))
 
@@ -73,7 +77,12 @@ def _read(reads: StreamReads) -> Read | None:
     readers = [group.edges[0][1] for group in groups]
     eps = next((group.eps.of_mean_square for group in groups if group.eps is not None), None)
     modules = tuple(dict.fromkeys(module_of(reader) for reader in readers))
-    return Read(reads.stream, edges, modules, source_line_of(readers[0]), eps)
+    path: list[Node] = []
+    value = reads.base
+    while (source := reads.images[value]) is not None:
+        path.insert(0, value)
+        value = source
+    return Read(reads.base, edges, modules, source_line_of(readers[0]), eps, tuple(path))
 
 
 def _raw_reads(candidate: Candidate) -> list[Refusal]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ from attnres_compile.patterns.sums import spell_sums_as_adds
 from attnres_compile.report import Refusal
 
 IN_PLACE_SPELLING = "attnres_in_place"
-_INLINED = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint", "invoke_subgraph")
+_FIRST_OPERANDS = ("condition", "input", "tensors", "self")
+_INLINED = dict.fromkeys(("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint", "invoke_subgraph"), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Normalize:
         changes = remove_markers(graph_module.graph)
         changes += inline_bodies(graph_module)
         changes += expand_encoder_layers(graph_module.graph)
+        changes += lead_with_operands(graph_module.graph)
         changes += spell_sums_as_adds(graph_module.graph)
         replaced, refusals = make_adds_functional(graph_module.graph)
         operations = tuple(operation_key(node) for node in graph_module.graph.nodes if is_call(node))
@@ -70,9 +72,9 @@ def inline_bodies(graph_module: GraphModule) -> int:
     """
     regions = itertools.count(1)
     changes = 0
-    while nodes := [node for node in graph_module.graph.nodes if _body_of(graph_module, node) is not None]:
+    while nodes := [node for node in graph_module.graph.nodes if _body_of(graph_module, node, _INLINED) is not None]:
         for node in nodes:
-            body = _body_of(graph_module, node)
+            body = _body_of(graph_module, node, _INLINED)
             assert body is not None
             tags: dict[str, Any] = {}
             if "checkpoint" in _operator_name(node):
@@ -84,16 +86,26 @@ def inline_bodies(graph_module: GraphModule) -> int:
     return changes
 
 
+def inline_regions(graph_module: GraphModule, kinds: Mapping[str, int]) -> None:
+    """Inline the calls of higher-order operators; ``kinds`` says where the body stands among the arguments of each."""
+    while nodes := [node for node in graph_module.graph.nodes if _body_of(graph_module, node, kinds) is not None]:
+        for node in nodes:
+            body = _body_of(graph_module, node, kinds)
+            assert body is not None
+            _inline(graph_module, node, body, {}, kinds[_operator_name(node)])
+
+
 def _operator_name(node: Node) -> str:
     target: Any = node.target
     return target.name() if callable(getattr(target, "name", None)) else str(target)
 
 
-def _body_of(graph_module: GraphModule, node: Node) -> GraphModule | None:
+def _body_of(graph_module: GraphModule, node: Node, kinds: Mapping[str, int]) -> GraphModule | None:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
         return None
-    body = node.args[0] if node.args else None
-    if _operator_name(node) not in _INLINED or not isinstance(body, Node) or body.op != "get_attr":
+    position = kinds.get(_operator_name(node), len(node.args))
+    body = node.args[position] if position < len(node.args) else None
+    if not isinstance(body, Node) or body.op != "get_attr":
         return None
     found = _attribute(graph_module, str(body.target))
     return found if isinstance(found, GraphModule) else None
@@ -105,9 +117,9 @@ def _attribute(root: Any, path: str) -> Any:
     return root
 
 
-def _inline(graph_module: GraphModule, node: Node, body: GraphModule, tags: dict[str, Any]) -> None:
+def _inline(graph_module: GraphModule, node: Node, body: GraphModule, tags: dict[str, Any], position: int = 0) -> None:
     graph = graph_module.graph
-    arguments = node.args[2:] if _operator_name(node) == "invoke_subgraph" else node.args[1:]
+    arguments = node.args[2:] if _operator_name(node) == "invoke_subgraph" else node.args[position + 1 :]
     copies: dict[Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), arguments, strict=False))
     result: Any = None
     with graph.inserting_before(node):
@@ -132,10 +144,27 @@ def _inline(graph_module: GraphModule, node: Node, body: GraphModule, tags: dict
             graph.erase_node(user)
     elif node.users:
         node.replace_all_uses_with(result)
-    body_node = node.args[0]
+    body_node = node.args[position]
     graph.erase_node(node)
     if isinstance(body_node, Node) and not body_node.users:
         graph.erase_node(body_node)
+
+
+def lead_with_operands(graph: Graph) -> int:
+    """Spell ``add(input=x, other=f)`` as ``add(x, other=f)``: patterns look for the first operand in the first place."""
+    changes = 0
+    for node in graph.nodes:
+        if node.op == "call_function" and not node.args and _is_of_torch(node.target):
+            first = next((name for name in _FIRST_OPERANDS if name in node.kwargs), None)
+            if first is not None:
+                node.kwargs, node.args = {k: v for k, v in node.kwargs.items() if k != first}, (node.kwargs[first],)
+                changes += 1
+    return changes
+
+
+def _is_of_torch(target: Any) -> bool:
+    module = getattr(target, "__module__", None) or getattr(getattr(target, "__self__", None), "__name__", "")
+    return isinstance(target, torch._ops.OpOverload) or str(module).startswith("torch")
 
 
 def expand_encoder_layers(graph: Graph) -> int:

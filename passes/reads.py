@@ -8,6 +8,7 @@ import heapq
 import networkx
 from torch.fx import Node
 
+from attnres_compile.chain import ResidualAdd
 from attnres_compile.passes.graph_index import GraphIndex
 from attnres_compile.patterns.degrees import ONE, Degree, Eps, degree_of
 from attnres_compile.patterns.features import reductions_elsewhere
@@ -37,26 +38,46 @@ class Readers:
 
 @dataclasses.dataclass(frozen=True)
 class StreamReads:
-    """All reads of one value of the stream."""
+    """All reads of one value of the stream.
+
+    ``base`` is the image of the stream in which the readers find feature vectors along the last dimension: the stream
+    itself, or where the stream goes on in another layout (a convolution's sum goes on as tokens), that one.
+    """
 
     stream: Node
+    base: Node
     images: dict[Node, Node | None]
     groups: tuple[Readers, ...]
     is_output: bool
 
 
-def reads_of(index: GraphIndex, stream: Node, next_add: Node | None, next_skip: Node | None) -> StreamReads:
-    """The reads of ``stream``; its use as the skip operand ``next_skip`` of ``next_add`` is none.
+def reads_of(index: GraphIndex, stream: Node, following: ResidualAdd | None) -> StreamReads:
+    """The reads of ``stream``; its use as the skip operand of the ``following`` add is none.
 
     Degrees are propagated forward from the stream until every value has degree 0 or is not homogeneous; readers that
-    share a value of another degree belong together.
+    share a value of another degree belong together. What no output of the graph needs reads nothing.
     """
     images = index.images(stream)
     degrees: dict[Node, Degree] = dict.fromkeys(images, ONE)
+    next_add, next_skip = (following.node, following.skip) if following else (None, None)
     found = _Propagation(index, images, degrees, next_add, next_skip)
-    groups = [_readers(component, found) for component in networkx.connected_components(found.together)]
+    components = networkx.connected_components(found.together)
+    alive = [nodes for nodes in components if any(index.live & index.bit(node) for node in nodes)]
+    homogeneous = [nodes for nodes in alive if not nodes & found.obstacles]
+    base = _base(index, found, homogeneous, stream, following.path if following else ())
+    groups = [_readers(nodes, found, base) for nodes in alive]
     ordered = sorted((g for g in groups if g is not None), key=lambda g: min(index.position[user] for _, user in g.edges))
-    return StreamReads(stream, images, tuple(ordered), found.is_output)
+    return StreamReads(stream, base, images, tuple(ordered), found.is_output)
+
+
+def _base(index: GraphIndex, found: _Propagation, components: list[set[Node]], stream: Node, path: tuple[Node, ...]) -> Node:
+    """The stream, or the last image on its ``path`` that all ``components`` read through, if they find their features there."""
+    values = [value for nodes in components for value, user in found.edges if user in nodes]
+    if not path or not values or all(not found.elsewhere(nodes, stream) for nodes in components):
+        return stream
+    common = set.intersection(set(path), *(set(found.way_to(value)) for value in values))
+    deepest = max(common, key=index.position.__getitem__, default=stream)
+    return deepest if any(not found.elsewhere(nodes, deepest) for nodes in components) else stream
 
 
 class _Propagation:
@@ -112,15 +133,33 @@ class _Propagation:
             if not _is_zero(scaling.degree):
                 enqueue_users(node)
 
+    def way_to(self, value: Node) -> list[Node]:
+        """The images between ``value`` and the stream, both included."""
+        way = [value]
+        while (source := self.images[way[-1]]) is not None:
+            way.append(source)
+        return way
+
+    def edges_of(self, component: set[Node]) -> tuple[tuple[Node, Node], ...]:
+        return tuple((value, user) for value, user in self.edges if user in component)
+
+    def elsewhere(self, component: set[Node], base: Node) -> tuple[Node, ...]:
+        """What in ``component`` normalises another dimension than the last of ``base``."""
+        edges = self.edges_of(component)
+        if not all(base in self.way_to(value) for value, _ in edges):
+            return tuple(user for _, user in edges)
+        images = {value: None if value is base else source for value, source in self.images.items()}
+        return reductions_elsewhere(edges, images, component)
+
 
 def _is_zero(degree: Degree) -> bool:
     return all(part == 0 for part in degree) if isinstance(degree, tuple) else degree == 0
 
 
-def _readers(component: set[Node], found: _Propagation) -> Readers | None:
-    edges = tuple((value, user) for value, user in found.edges if user in component)
+def _readers(component: set[Node], found: _Propagation, base: Node) -> Readers | None:
+    edges = found.edges_of(component)
     obstacles = tuple(sorted(component & found.obstacles, key=lambda n: n.name))
-    elsewhere = () if obstacles else reductions_elsewhere(edges, found.images, component)
+    elsewhere = () if obstacles else found.elsewhere(component, base)
     outputs = tuple(n for n in component if n in found.degrees and _is_zero(found.degrees[n]))
     if not edges or not (obstacles or outputs):
         return None  # a computation that nothing uses
@@ -132,7 +171,12 @@ def _readers(component: set[Node], found: _Propagation) -> Readers | None:
 
 def describe_obstacles(readers: Readers) -> str:
     """Why a raw group is no site."""
+    return f"reads the stream but {name_obstacles(readers)}: it keeps the plain sum"
+
+
+def name_obstacles(readers: Readers) -> str:
+    """What keeps a raw group from being a norm of feature vectors."""
     names = ", ".join(dict.fromkeys(name_of(node) for node in readers.obstacles))
-    if readers.is_elsewhere:
-        return f"reads the stream but normalises another dimension than its last ({names}): it keeps the plain sum"
-    return f"reads the stream but is not scale invariant ({names}): it keeps the plain sum"
+    return (
+        f"normalises another dimension than its last ({names})" if readers.is_elsewhere else f"is not scale invariant ({names})"
+    )

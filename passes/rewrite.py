@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from attnres_compile.chain import Read, ResidualAdd, ResidualChain
 from attnres_compile.config import AttnResConfig
 from attnres_compile.passes.base import MADE_BY, Program, SiteNodes
 from attnres_compile.passes.graph_index import GraphIndex
-from attnres_compile.passes.normalize import restore_in_place
+from attnres_compile.passes.normalize import IN_PLACE_SPELLING, restore_in_place
 from attnres_compile.patterns.operations import (
     dtype_of,
     is_call,
@@ -91,6 +91,7 @@ class _ChainRewriter:
         inputs: _SiteInputs,
     ) -> None:  # fmt: skip
         self.graph, self.index, self.chain, self.plan, self.config, self.inputs = graph, index, chain, plan, config, inputs
+        self.skips = {add.node: add.skip for add in chain.adds}
         self.place = chain.root
         self.like: Node = chain.root
         self.complete: list[list[Node]] = [[chain.root]]
@@ -133,15 +134,20 @@ class _ChainRewriter:
         return source is not None and keeps_elements(operation, source)
 
     def _carry(self, source: Node, path: tuple[Node, ...]) -> Node:
+        """``source`` behind the transparent operations ``path``; one copy of each serves all later sites."""
         for operation in path:
-            original = self.index.transparent(operation)
             key = (source, operation)
             if key not in self.changed:
-                copy = self._insert(partial(self.graph.node_copy, operation, partial(_substitute, original, source)))
-                copy.meta[MADE_BY] = Rewrite.name
-                copy.meta["example_value"] = _evaluate(copy)
-                self.changed[key] = copy
+                self.changed[key] = self._relaid(source, (operation,))
             source = self.changed[key]
+        return source
+
+    def _relaid(self, source: Node, path: tuple[Node, ...]) -> Node:
+        for operation in path:
+            substitute = functools.partial(_substitute, self.index.transparent(operation), source)
+            source = self._insert(functools.partial(self.graph.node_copy, operation, substitute))
+            _mark_as_copy(source)
+            source.meta["example_value"] = _evaluate(source)
         return source
 
     def _shaped(self, source: Node, like: Node) -> Node:
@@ -165,11 +171,15 @@ class _ChainRewriter:
             sources.append(self._sum(self.running))
         scale = float(len(sources)) if self.config.scale == "preserve" else 1.0
         eps = self.config.eps if self.config.eps is not None else read.eps if read.eps is not None else DEFAULT_EPS
+        if read.path:  # features lie elsewhere in the stream's own layout, so every source takes the readers' way
+            self.place = read.stream
+            sources = [self._relaid(source, read.path) for source in sources]
         query, key_norm = self.inputs.next(read.stream)
         reader = read.edges[0][1]
         call = self._call(
-            torch.ops.attnres.site.default, (sources, query, key_norm, eps, scale), reader, query.name.removesuffix("_query")
-        )
+            torch.ops.attnres.site.default, (sources, query, key_norm, eps, scale), reader, query.name.removesuffix("_query"),
+            _mixture_of(sources),
+        )  # fmt: skip
         for tag in ("recompute", "ac_graph_id"):  # a site is recomputed with the checkpoint region that reads it
             call.meta.pop(tag, None)
             if tag in reader.meta:
@@ -185,7 +195,7 @@ class _ChainRewriter:
         """
         for user in list(value.users):
             if (value, user) in edges:
-                _replace_read(user, value, replacement, keep_skip=self._skip_of(user))
+                _replace_read(user, value, replacement, keep_skip=self.skips.get(user))
             elif user in self.index.position and reads_only_metadata(user, value):
                 user.replace_input_with(value, replacement)
             elif self._is_image(user, value) and self._leads_to(user, edges):
@@ -193,12 +203,9 @@ class _ChainRewriter:
                     user.replace_input_with(value, replacement)
                 else:
                     with self.graph.inserting_after(user):
-                        copy = self.graph.node_copy(user, partial(_substitute, value, replacement))
-                    copy.meta[MADE_BY] = Rewrite.name
+                        copy = self.graph.node_copy(user, functools.partial(_substitute, value, replacement))
+                    _mark_as_copy(copy)
                     self._repoint(user, copy, edges)
-
-    def _skip_of(self, user: Node) -> Node | None:
-        return next((add.skip for add in self.chain.adds if add.node is user), None)
 
     def _is_image(self, user: Node, value: Node) -> bool:
         return user in self.index.position and self.index.transparent(user) is value
@@ -216,13 +223,20 @@ class _ChainRewriter:
             for user in value.users
         )
 
-    def _call(self, function: Any, arguments: tuple[Any, ...], origin: Node, name: str = "attnres_sum") -> Node:
+    def _call(
+        self,
+        function: Any,
+        arguments: tuple[Any, ...],
+        origin: Node,
+        name: str = "attnres_sum",
+        value: torch.Tensor | None = None,
+    ) -> Node:
         node = self._insert(lambda: self.graph.create_node("call_function", function, arguments, name=name))
         for key in ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id"):
             if key in origin.meta:
                 node.meta[key] = origin.meta[key]
         node.meta[MADE_BY] = Rewrite.name
-        node.meta["example_value"] = _evaluate(node)
+        node.meta["example_value"] = _evaluate(node) if value is None else value
         return node
 
     def _insert(self, make: Callable[[], Node]) -> Node:
@@ -231,6 +245,12 @@ class _ChainRewriter:
             node = make()
         self.place = node
         return node
+
+
+def _mark_as_copy(node: Node) -> None:
+    """A copy computes what the original computes, and never in place: the tensor that it reads has other readers."""
+    node.meta[MADE_BY] = Rewrite.name
+    node.meta.pop(IN_PLACE_SPELLING, None)
 
 
 def _substitute(original: Node | None, replacement: Node, node: Node) -> Node:
@@ -247,6 +267,13 @@ def _replace_read(user: Node, value: Node, replacement: Node, keep_skip: Node | 
     user.replace_input_with(value, replacement)
 
 
+def _mixture_of(sources: list[Node]) -> torch.Tensor:
+    """The example value of a site. Asking the operator itself costs a dispatch over all sources, site after site."""
+    values = [value_of(source) for source in sources]
+    with torch.no_grad():
+        return values[0].new_empty(values[0].shape, dtype=functools.reduce(torch.promote_types, {v.dtype for v in values}))
+
+
 def _evaluate(node: Node) -> Any:
     """The example value of a new node, computed on the example values of its inputs."""
     arguments = map_arg(node.args, value_of)
@@ -260,7 +287,8 @@ def _evaluate(node: Node) -> Any:
 
 def _values_of(chain: ResidualChain) -> set[Node]:
     """The values that sites read, or are made of: nothing may be written into them."""
-    return {chain.root, *(node for add in chain.adds for node in (add.node, add.branch, *add.path))}
+    adds = (node for add in chain.adds for node in (add.node, add.branch, *add.path))
+    return {chain.root, *adds, *(node for read, _ in chain.reads for node in read.path)}
 
 
 def _erase_dead_stream(graph: Graph, chain: ResidualChain) -> None:
@@ -268,7 +296,9 @@ def _erase_dead_stream(graph: Graph, chain: ResidualChain) -> None:
 
     Only these: a general dead-code pass would remove in-place operations whose results are unused.
     """
-    for add in reversed(chain.adds):
-        for node in (add.node, *reversed(add.path)):
+    paths = [reversed(read.path) for read, _ in chain.reads]
+    adds = [(add.node, *reversed(add.path)) for add in reversed(chain.adds)]
+    for nodes in (*paths, *adds):
+        for node in nodes:
             if not node.users and is_call(node) and is_float_tensor(node):
                 graph.erase_node(node)

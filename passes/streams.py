@@ -26,8 +26,11 @@ class Trunk:
         return (self.root, *(add.node for add in self.adds))
 
 
-def find_trunks(index: GraphIndex) -> list[Trunk]:
-    """All trunks of the graph, in the order of their roots. Side branches of a tree are trunks of their own."""
+def find_trunks(index: GraphIndex) -> tuple[list[Trunk], list[Node]]:
+    """All trunks of the graph, in the order of their roots, and the sums that are no residual adds.
+
+    Side branches of a tree are trunks of their own.
+    """
     adds, others = _residual_adds(index)
     _adopt_injections(index, adds, others)
     parent: dict[Node, Node] = {}
@@ -44,21 +47,41 @@ def find_trunks(index: GraphIndex) -> list[Trunk]:
         height[node] = 1 + max((height[child] for child in children.get(node, ())), default=0)
     trunks = []
     for node in index.nodes:
-        for child in _trunk_starts(node, parent, children, height):
+        for child in _trunk_starts(index, node, parent, children, height):
             # The root is what the first add reads, whatever transparent operations lie before it.
             steps = [dataclasses.replace(complete[child], path=())]
             while children.get(steps[-1].node):
-                steps.append(complete[max(children[steps[-1].node], key=lambda n: height[n])])
+                steps.append(complete[_tallest(index, children[steps[-1].node], height)])
+            while len(steps) > 1 and _is_free_of_parameters(index, steps[0]):
+                steps[:2] = [dataclasses.replace(steps[1], path=())]
             trunks.append(Trunk(steps[0].skip, tuple(steps)))
-    return trunks
+    return trunks, [node for node in others if node not in adds]
 
 
-def _trunk_starts(node: Node, parent: dict[Node, Node], children: dict[Node, list[Node]], height: dict[Node, int]) -> list[Node]:
+def _tallest(index: GraphIndex, adds: list[Node], height: dict[Node, int]) -> Node:
+    """Where the stream goes on at a fork: of equal ones at the last, which may be computed from the others."""
+    return max(adds, key=lambda add: (height[add], index.position[add]))
+
+
+def _is_free_of_parameters(index: GraphIndex, add: ResidualAdd) -> bool:
+    """Whether the branch is computed from the skip operand by fixed operations alone: shifts, roundings, straight-through.
+
+    At the beginning of a stream such an add is a part of the embedding.
+    """
+    source = index.behind(add.skip)
+    inside = index.ancestors[add.branch] & ~index.ancestors[source]
+    nodes = index.nodes[: index.position[add.branch] + 1]
+    return not any(inside & index.bit(node) and any(map(index.is_parameter, node.all_input_nodes)) for node in nodes)
+
+
+def _trunk_starts(
+    index: GraphIndex, node: Node, parent: dict[Node, Node], children: dict[Node, list[Node]], height: dict[Node, int]
+) -> list[Node]:
     """The children of ``node`` at which a trunk begins: the tallest at a root, the others wherever a tree forks."""
     found = children.get(node, [])
     if not found:
         return []
-    tallest = max(found, key=lambda child: height[child])
+    tallest = _tallest(index, found, height)
     return [child for child in found if child is not tallest or node not in parent]
 
 
@@ -73,12 +96,15 @@ def _residual_adds(index: GraphIndex) -> tuple[dict[Node, ResidualAdd], dict[Nod
     past, ancestors = index.linear_past, index.ancestors
     for node in index.nodes:
         total = match_sum(node)
-        if total is None:
+        if total is None or not index.live & index.bit(node):
             continue
         if not is_equal_shape_sum(node, total):
             others[node] = total
             continue
         left, right = total.left, total.right
+        if index.behind(left) is index.behind(right):
+            others[node] = total  # one value scaled twice, as in x * a + x.detach() * (1 - a)
+            continue
         left_is_skip = bool(ancestors[right] & past[left])
         right_is_skip = bool(ancestors[left] & past[right])
         if left_is_skip and right_is_skip:
@@ -109,11 +135,13 @@ def _adopt_injections(index: GraphIndex, adds: dict[Node, ResidualAdd], others: 
     """Make residual adds of sums ``stream + v`` with v independent of the stream (conditioning, late embeddings).
 
     Only a sum that carries on a stream and is itself carried on counts: one operand is a residual add, and a later
-    residual add has the sum as its skip operand.
+    residual add has the sum as its skip operand, or nothing but the sum reads that residual add. Sums before the first
+    residual add make up the embedding.
     """
     carried_on = {index.peel(add.skip)[0] for add in adds.values()}
+    adopted: dict[Node, ResidualAdd] = {}
     for node in sorted(others, key=index.position.__getitem__, reverse=True):
-        if node not in carried_on:
+        if node not in carried_on and not _ends_stream(index, adds, node):
             continue
         total = others[node]
         options = []
@@ -121,11 +149,20 @@ def _adopt_injections(index: GraphIndex, adds: dict[Node, ResidualAdd], others: 
             (total.left, total.right, total.left_scale, total.right_scale),
             (total.right, total.left, total.right_scale, total.left_scale),
         ):
-            source, path = index.peel(skip)
-            independent = not index.ancestors[branch] & index.linear_past[skip]
-            fits = same_shape(skip, node) and (same_shape(branch, node) or not path)
+            source, _ = index.peel(skip)
+            independent = not index.ancestors[branch] & index.bit(source)
+            fits = same_shape(skip, node) and (same_shape(branch, node) or same_shape(source, node))
             if skip_scale == 1.0 and independent and fits and (source in adds or source in others):
                 options.append(ResidualAdd(node, skip, branch, branch_scale))
         if len(options) == 1:
-            adds[node] = options[0]
+            adopted[node] = options[0]
             carried_on.add(index.peel(options[0].skip)[0])
+    for node in sorted(adopted, key=index.position.__getitem__):
+        if index.peel(adopted[node].skip)[0] in adds:
+            adds[node] = adopted[node]
+
+
+def _ends_stream(index: GraphIndex, adds: dict[Node, ResidualAdd], node: Node) -> bool:
+    """Whether ``node`` alone reads the last value of a stream, and is more than an affine map of it."""
+    computed = not any(index.is_parameter(index.peel(source)[0]) for source in node.all_input_nodes)
+    return computed and any(index.peel(s)[0] in adds and index.readers[s] == [node] for s in node.all_input_nodes)

@@ -62,35 +62,41 @@ def _sources_add_up_to_the_stream(program: Program) -> None:
     """The sources of a site hold the root and the branch of every add before it, each exactly once."""
     index = GraphIndex(program.graph_module.graph, program.parameters)
     for chain, sites in _sites_by_chain(program):
+        leaves = {chain.root, *(add.branch for add in chain.adds)}
+        known: dict[Node, Counter[Node]] = {}
+        expected, done = Counter([chain.root]), 0
         for (_, before), site in zip(chain.sites, sites, strict=True):
-            expected = Counter([chain.root, *(add.branch for sublayer in chain.sublayers[:before] for add in sublayer)])
+            expected.update(add.branch for sublayer in chain.sublayers[done:before] for add in sublayer)
+            done = before
             found: Counter[Node] = Counter()
             for source in _sources(site.call):
-                _collect_terms(index, source, expected, found)
+                found.update(_terms_of(index, source, leaves, known))
             if found != expected:
                 missing, extra = list((expected - found).elements()), list((found - expected).elements())
                 raise VerificationError(f"site {site.call.name!r}: sources miss {missing} and hold {extra} besides the stream.")
 
 
-def _collect_terms(index: GraphIndex, value: Node, expected: Counter[Node], found: Counter[Node]) -> None:
-    if value in expected:
-        found[value] += 1
-        return
-    made_here = MADE_BY in value.meta
-    total = match_sum(value) if made_here else None
-    if total is not None:
-        _collect_terms(index, total.left, expected, found)
-        _collect_terms(index, total.right, expected, found)
-        return
-    source = index.transparent(value) or (value.args[0] if made_here and value.args else None)
-    if isinstance(source, Node):
-        _collect_terms(index, source, expected, found)
-    else:
-        found[value] += 1
+def _terms_of(index: GraphIndex, value: Node, leaves: set[Node], known: dict[Node, Counter[Node]]) -> Counter[Node]:
+    """What ``value`` is the sum of, up to transparent operations, and how often: ``leaves``, or what is none of them.
+
+    Every value is looked at once per chain: the sites of a chain share most of their sources.
+    """
+    if value not in known:
+        made_here = MADE_BY in value.meta
+        total = match_sum(value) if made_here and value not in leaves else None
+        source = index.transparent(value) or (value.args[0] if made_here and value.args else None)
+        if total is not None:
+            known[value] = _terms_of(index, total.left, leaves, known) + _terms_of(index, total.right, leaves, known)
+        elif value not in leaves and isinstance(source, Node):
+            known[value] = _terms_of(index, source, leaves, known)
+        else:
+            known[value] = Counter([value])
+    return known[value]
 
 
 def _other_operations_survive(program: Program) -> None:
     stream = {node for chain in program.chains for add in chain.adds for node in (add.node, *add.path)}
+    stream |= {node for chain in program.chains for read, _ in chain.reads for node in read.path}
     may_go = {operation_key(node) for node in stream}
     kept = [node for node in program.graph_module.graph.nodes if is_call(node) and MADE_BY not in node.meta]
     now, before = Counter(map(operation_key, kept)), Counter(program.operations)

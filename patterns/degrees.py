@@ -158,6 +158,13 @@ def _bilinear(node: Node, degree: DegreeOf) -> Scaling | None:
     return Scaling(ZERO) if not any(degrees) else None
 
 
+def _joined(node: Node, degree: DegreeOf) -> Scaling | None:
+    """Parts of one degree, such as the neighbours that patch merging lays side by side."""
+    parts = node.args[0] if isinstance(node.args[0], (list, tuple)) else ()
+    degrees = {degree(part) for part in parts}
+    return Scaling(degrees.pop()) if len(degrees) == 1 else None
+
+
 def _quotient(node: Node, degree: DegreeOf) -> Scaling | None:
     if node.kwargs.get("rounding_mode") is not None:
         return None
@@ -207,6 +214,7 @@ _RULES: dict[str, Callable[[Node, DegreeOf], Scaling | None]] = {
     "std_mean": _keep_two, "var": _var, "var_mean": _var_mean,
     "mul": _product, "div": _quotient, "add": _sum, "sub": _sum,
     "pow": _power, "square": _scaled(Fraction(2)), "sqrt": _scaled(Fraction(1, 2)), "rsqrt": _scaled(Fraction(-1, 2)),
+    "cat": _joined, "concat": _joined, "concatenate": _joined, "stack": _joined,
     "einsum": _bilinear, "vecdot": _bilinear, "linalg_vecdot": _bilinear,
     "reciprocal": _scaled(Fraction(-1)), "clamp": _clamp, "clamp_min": _clamp, "sign": _sign, "sgn": _sign,
 }  # fmt: skip

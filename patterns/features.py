@@ -11,9 +11,11 @@ from attnres_compile.patterns.operations import PERMUTES, argument, is_float_ten
 _REDUCTIONS = frozenset({
     "mean", "nanmean", "sum", "var", "std", "var_mean", "std_mean", "vector_norm", "amax", "amin", "max", "min", "normalize",
 })  # fmt: skip
+_POOLS = frozenset({"mean", "sum", "amax", "max", "adaptive_avg_pool1d", "avg_pool1d"})
 _DIMENSION_POSITION = {"vector_norm": 2, "normalize": 2}
-# The first dimension that they normalise: channels (in groups) and space, or space alone.
-_OVER_CHANNELS = {"group_norm": 1, "native_group_norm": 1, "instance_norm": 2}
+# Channels (in groups) together with space, which then must not be where the features are; or space alone.
+_OVER_SPACE = frozenset({"instance_norm"})
+_OVER_CHANNELS = frozenset({"group_norm", "native_group_norm"})
 _OVER_LAST = frozenset({"layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm"})
 Images = Mapping[Node, Node | None]
 
@@ -34,9 +36,12 @@ def reductions_elsewhere(edges: Collection[tuple[Node, Node]], images: Images, c
         source = node.args[0] if node.args else None
         if not is_float_tensor(source):
             continue
+        if source in images and _pools(node, component):
+            continue
         name, rank = name_of(node), len(shape_of(source) or ())
         if (
-            (name in _OVER_CHANNELS and feature % rank < _OVER_CHANNELS[name])
+            (name in _OVER_CHANNELS and feature % rank != 1)
+            or (name in _OVER_SPACE and feature % rank < 2)
             or (name in _OVER_LAST and feature != -1)
             or (name in _REDUCTIONS and rank in ranks and feature not in _reduced(node, rank))
         ):
@@ -44,10 +49,25 @@ def reductions_elsewhere(edges: Collection[tuple[Node, Node]], images: Images, c
     return tuple(found)
 
 
+def _pools(node: Node, component: Collection[Node]) -> bool:
+    """Whether ``node`` averages feature vectors, whose average is then normalised: nothing of it meets what it was made from."""
+    if name_of(node) not in _POOLS:
+        return False
+    behind = {node}
+    pending = [node]
+    while pending:
+        for user in pending.pop().users:
+            if user in component and user not in behind:
+                behind.add(user)
+                pending.append(user)
+    sources = {source for user in behind - {node} for source in user.all_input_nodes}
+    return len(behind) > 1 and not any(source in component and source not in behind for source in sources)
+
+
 def _reduced(node: Node, rank: int) -> set[int]:
     """The dimensions that ``node`` reduces, counted from the end."""
     default = 1 if name_of(node) == "normalize" else None
-    dims = argument(node, _DIMENSION_POSITION.get(name_of(node), 1), "dim", default)
+    dims = argument(node, _DIMENSION_POSITION.get(name_of(node), 1), "dim", node.kwargs.get("axis", default))
     if dims is None or isinstance(dims, bool):  # all of them; var(x, unbiased) has its flag where others have dim
         return set(range(-rank, 0)) if rank == 1 else set()
     listed = dims if isinstance(dims, (list, tuple)) else [dims]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -54,3 +54,14 @@ def memory_of(value: Node) -> Hashable:
         return example.untyped_storage()._cdata
     except NotImplementedError:  # tensors inside vmap have no storage, and no in-place arithmetic that leaves it
         return value
+
+
+def is_unwritten(since: Node, until: Node, values: Iterable[Node]) -> bool:
+    """Whether nothing between two nodes of a graph writes into the memory of ``values``."""
+    memories = {memory_of(value) for value in values}
+    node = since.next
+    while node is not until:
+        if any(memory_of(written) in memories for written in written_tensors(node)):
+            return False
+        node = node.next
+    return True

@@ -16,7 +16,7 @@ _ALIASES = {
     "__truediv__": "div", "__getitem__": "getitem", "__pow__": "pow", "negative": "neg", "clip": "clamp", "absolute": "abs",
     "_to_copy": "to", "_unsafe_view": "view", "native_dropout": "dropout", "lift_fresh_copy": "clone",
     "linalg_vector_norm": "vector_norm", "linalg_norm": "vector_norm", "norm": "vector_norm",
-    "slice": "getitem", "sym_size": "size",
+    "slice": "getitem", "sym_size": "size", "_softmax": "softmax", "_safe_softmax": "softmax",
 }  # fmt: skip
 
 IN_PLACE = {
@@ -33,7 +33,7 @@ DROPOUTS = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_d
 METADATA_READS = frozenset({
     "size", "dim", "numel", "stride", "getattr", "ndimension", "nelement", "get_device", "is_contiguous",
     "is_floating_point", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros",
-    "new_ones", "new_empty", "new_full", "new_tensor", "_assert_async", "_check",
+    "new_ones", "new_empty", "new_full", "new_tensor", "_assert_async", "_check", "_assert_tensor_metadata",
 })  # fmt: skip
 _SHAPE_OF_SECOND = frozenset({"type_as", "view_as", "expand_as", "reshape_as", "to"})
 
@@ -69,6 +69,12 @@ def shape_of(node: Node) -> tuple[Any, ...] | None:
 def dtype_of(node: Node) -> torch.dtype | None:
     value = value_of(node)
     return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def width_of(node: Node) -> str:
+    """The size of the last dimension as text: comparing symbols would add a guard."""
+    shape = shape_of(node)
+    return str(shape[-1]) if shape else ""
 
 
 def same_shape(a: Node, b: Node) -> bool:
@@ -139,12 +145,12 @@ def module_of(node: Node) -> str:
 
 def clean_path(path: str) -> str:
     """``L['self'].model.layers.0`` and ``L['self']._modules['model']`` as a qualified name without the root."""
+    if not path.startswith(("L[", "G[")):
+        return path  # torch.export names modules as the model does
     for noise in ("._modules['", "['", "']", "_modules."):
         path = path.replace(noise, "." if noise in ("._modules['", "['") else "")
     parts = [part for part in path.replace("[", ".").replace("]", "").split(".") if part]
-    if parts and parts[0] in ("L", "G"):
-        parts = parts[2:]
-    return ".".join(parts)
+    return ".".join(part for part in parts[2:] if part != "__dict__")
 
 
 def source_line_of(node: Node) -> str:

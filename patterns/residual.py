@@ -14,6 +14,7 @@ from attnres_compile.patterns.operations import (
     RESHAPES,
     SLICES,
     argument,
+    constant,
     dtype_of,
     is_call,
     is_float_tensor,
@@ -36,7 +37,7 @@ class Sum:
 
 def match_sum(node: Node) -> Sum | None:
     """``node`` as a sum of two float tensors: operator, function or method, either operand order, with ``alpha``."""
-    if not is_call(node) or not is_float_tensor(node):
+    if not is_call(node) or "out" in node.kwargs or not is_float_tensor(node):
         return None
     name = name_of(node)
     if name not in ("add", "sub"):
@@ -53,16 +54,28 @@ def match_sum(node: Node) -> Sum | None:
 
 def is_equal_shape_sum(node: Node, total: Sum) -> bool:
     """Broadcast sums are never residual adds: they are ``x - mean``, position embeddings and conditioning."""
-    return same_shape(total.left, node) and same_shape(total.right, node)
+    return _is_not_broadcast(total.left, node) and _is_not_broadcast(total.right, node)
 
 
-def transparent_source(node: Node, depend_on_common: Callable[[Node, Node], bool]) -> Node | None:
+def _is_not_broadcast(operand: Node, node: Node) -> bool:
+    """Whether ``operand`` of the sum ``node`` has the sum's shape, though another expression may spell a symbolic size.
+
+    An operand's size is one or the sum's, and the sum itself made torch guard on which: a size that is not one in the
+    example is the sum's.
+    """
+    sizes, expected = shape_of(operand), shape_of(node)
+    if sizes is None or expected is None or len(sizes) != len(expected):
+        return False
+    return all(str(x) == str(y) or constant(x) not in (None, 1.0) for x, y in zip(sizes, expected, strict=True))
+
+
+def transparent_source(node: Node, depends_on_stream: Callable[[Node, Node], bool]) -> Node | None:
     """The one tensor that ``node`` passes through, if ``node`` is linear in it and acts on each feature vector alone.
 
-    Transparent are casts, relayouts, slices, idle dropout and scaling by a factor that has nothing in common with the
-    stream (``depend_on_common(factor, value)`` is False).
+    Transparent are casts, relayouts, slices, idle dropout and scaling by a factor that has nothing to do with the stream
+    (``depends_on_stream(factor, value)`` is False).
     """
-    if not is_call(node) or not is_float_tensor(node) or not node.args:
+    if not is_call(node) or "out" in node.kwargs or not is_float_tensor(node) or not node.args:
         return None
     first = node.args[0]
     name = name_of(node)
@@ -74,9 +87,9 @@ def transparent_source(node: Node, depend_on_common: Callable[[Node, Node], bool
         return first
     if name in ("mul", "div") and node.kwargs.get("rounding_mode") is None:
         second = argument(node, 1, "other")
-        if is_float_tensor(first) and _is_scaled_by(node, first, second, depend_on_common):
+        if is_float_tensor(first) and _is_scaled_by(node, first, second, depends_on_stream):
             return first
-        if name == "mul" and is_float_tensor(second) and _is_scaled_by(node, second, first, depend_on_common):
+        if name == "mul" and is_float_tensor(second) and _is_scaled_by(node, second, first, depends_on_stream):
             return second
     return None
 
@@ -96,5 +109,5 @@ def _is_basic_index(node: Node) -> bool:
     return all(part is None or part is Ellipsis or isinstance(part, (slice, int)) for part in parts)
 
 
-def _is_scaled_by(node: Node, value: Node, factor: Any, depend_on_common: Callable[[Node, Node], bool]) -> bool:
-    return same_shape(value, node) and (not isinstance(factor, Node) or not depend_on_common(factor, value))
+def _is_scaled_by(node: Node, value: Node, factor: Any, depends_on_stream: Callable[[Node, Node], bool]) -> bool:
+    return same_shape(value, node) and (not isinstance(factor, Node) or not depends_on_stream(factor, value))

@@ -1,0 +1,88 @@
+"""Parts of one stream that something other than an add cuts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+
+from torch.fx import Node
+
+from attnres_compile.passes.breaks import MIXES, Break, describe_mixing
+from attnres_compile.passes.candidates import Candidate
+from attnres_compile.passes.graph_index import GraphIndex
+from attnres_compile.patterns.mutation import written_tensors
+from attnres_compile.patterns.operations import module_of, name_of, same_shape, shape_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Fragment:
+    """One part of a stream: the adds of all its parts together, and what cuts it."""
+
+    total: int
+    cut: str
+
+
+def find_fragments(index: GraphIndex, candidates: list[Candidate]) -> dict[int, Fragment]:
+    """Every candidate that holds at most two thirds of a stream which operations that are no adds cut more than once."""
+    with_sites = [candidate for candidate in candidates if candidate.num_sites]
+    joined = _joined_by_skips(index, with_sites)
+    members = {id(c): sum(index.bit(add.node) for add in c.trunk.adds) for c in with_sites}
+    found = {}
+    for one in with_sites:
+        before, after = [], []
+        for other in with_sites:
+            if other is not one and same_shape(other.trunk.adds[0].node, one.trunk.adds[0].node):
+                if index.ancestors[one.trunk.root] & members[id(other)]:
+                    before.append(other)
+                elif index.ancestors[other.trunk.root] & members[id(one)]:
+                    after.append(other)
+        total = sum(len(part.trunk.adds) for part in (one, *before, *after))
+        if len(before) + len(after) >= 2 and 3 * len(one.trunk.adds) <= 2 * total:
+            found[id(one)] = Fragment(total, _cut_at(index, one if before else after[0]))
+        elif id(one) in joined and before + after:
+            found[id(one)] = Fragment(total, f"a U-Net skip, {name_of(joined[id(one)])!r} of earlier and later values,")
+    return found
+
+
+def _joined_by_skips(index: GraphIndex, candidates: list[Candidate]) -> dict[int, Node]:
+    """The candidates on either side of a ``cat`` of several values of one stream, its last among them, that starts another."""
+    found: dict[int, Node] = {}
+    for node in index.nodes:
+        if name_of(node) not in ("cat", "concat", "concatenate") or not isinstance(node.args[0], (list, tuple)):
+            continue
+        joined = {index.peel(part)[0] for part in node.args[0] if isinstance(part, Node)}
+        before = [candidate for candidate in candidates if joined & set(candidate.trunk.values)]
+        ends = any(candidate.trunk.values[-1] in joined for candidate in before)
+        if not ends or sum(len(joined & set(candidate.trunk.values)) for candidate in before) < 2:
+            continue
+        for candidate in candidates:
+            is_alike = any(same_shape(candidate.trunk.adds[0].node, other.trunk.adds[0].node) for other in before)
+            if is_alike and index.ancestors[candidate.trunk.root] & index.bit(node):
+                found.update({id(part): node for part in (candidate, *before)})
+    return found
+
+
+def severed(index: GraphIndex, candidates: list[Candidate]) -> list[Break]:
+    """Residual adds of one shape of which each begins anew what the one before it gave, by shape."""
+    found: dict[str, list[Candidate]] = defaultdict(list)
+    for candidate in candidates:
+        found[str(shape_of(candidate.trunk.adds[0].node))].append(candidate)
+    breaks = []
+    for lone in found.values():
+        adds = sum(index.bit(candidate.trunk.adds[0].node) for candidate in lone)
+        later = [candidate for candidate in lone if index.ancestors[candidate.trunk.root] & adds]
+        if later:
+            root = index.peel(later[0].trunk.root)[0]
+            reason = f"no stream is carried on: {_cut_at(index, later[0])} lies between one residual add and the next"
+            if name_of(root) in MIXES - {"linear"}:
+                reason = f"{describe_mixing(root)} ({len(lone)} such sums)"
+            breaks.append(Break(reason, later[0].trunk.adds[0].node, len(lone)))
+    return breaks
+
+
+def _cut_at(index: GraphIndex, part: Candidate) -> str:
+    """What made the first value of ``part`` from the stream before it."""
+    root = index.peel(part.trunk.root)[0]
+    what = "a norm" if index.normalised(root) is not None else repr(name_of(root))
+    what = f"the in-place operation {what}" if written_tensors(root) else what
+    return f"{what} (module {module_of(root)!r})" if module_of(root) else what
