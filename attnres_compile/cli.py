@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -15,7 +16,7 @@ from rich.console import Console
 
 import attnres_compile
 from attnres_compile import env as environment
-from attnres_compile.errors import AttnResError, NoResidualChainError
+from attnres_compile.errors import AttnResError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,10 +67,8 @@ def detect(src: Source, as_json: AsJson = False, trust_remote_code: TrustRemoteC
     """Show the residual chains that can be rewritten, and why others can't. No weights are needed."""
     model = _build_on_meta(src, trust_remote_code)
     try:
-        report = attnres_compile.detect(model)
-    except NoResidualChainError as error:
-        typer.echo(f"attnres: {error}", err=True)
-        raise typer.Exit(NOT_REWRITABLE) from None
+        with warnings.catch_warnings(action="ignore"):  # torch's advice is for those who run the model
+            report = attnres_compile.detect(model)
     except AttnResError as error:
         _fail(str(error), error)
     if as_json:
@@ -80,7 +79,10 @@ def detect(src: Source, as_json: AsJson = False, trust_remote_code: TrustRemoteC
             console.width = max(console.width, _PIPE_WIDTH)
         console.print(report)
     if not report.chains:
-        typer.echo(f"attnres: {src}: no residual chain of {type(model).__name__} can be rewritten", err=True)
+        misses = () if as_json else report.near_misses()
+        lines = [f"attnres: {src}: no residual chain of {type(model).__name__} can be rewritten"]
+        lines[0] += "; the nearest misses:" if misses else ""
+        typer.echo("\n".join([*lines, *(f"  - {miss}" for miss in misses)]), err=True)
         raise typer.Exit(NOT_REWRITABLE)
 
 
@@ -131,7 +133,7 @@ def _build_on_meta(src: Path, trust_remote_code: bool) -> nn.Module:
             model: nn.Module = _instantiate(transformers, config, trust_remote_code)
     except Exception as error:
         _fail(f"{path}: Transformers can't build this model: {type(error).__name__}: {error}", error)
-    return model.eval()
+    return model.eval().to("meta")  # some parameters are made by constructors that ignore the device
 
 
 def _instantiate(transformers: Any, config: Any, trust_remote_code: bool) -> Any:
@@ -141,5 +143,6 @@ def _instantiate(transformers: Any, config: Any, trust_remote_code: bool) -> Any
         return named(config)
     remote = getattr(config, "auto_map", None) or {}
     causal = "AutoModelForCausalLM" in remote if remote else type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    causal = causal and not config.is_encoder_decoder  # of which it would be the decoder alone
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     return auto.from_config(config, trust_remote_code=trust_remote_code)

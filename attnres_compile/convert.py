@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import Node
 
 import attnres_compile.kernels.ops  # noqa: F401  (registers the attnres:: operators)
 from attnres_compile.capture import Captured, capture, tree_flatten
 from attnres_compile.config import AttnResConfig
+from attnres_compile.dummies import dummy_inputs
 from attnres_compile.errors import ConfigError, ModelTypeError, NoResidualChainError
+from attnres_compile.exported import captured_from
 from attnres_compile.parameters import ATTRIBUTE, AttnResParameters, attach, hosts_in, layout_of
 from attnres_compile.passes.base import Program, run_passes
 from attnres_compile.passes.pipeline import DETECTION, PLANNING, REWRITING
@@ -28,12 +31,13 @@ from attnres_compile.rewritten import (
 )
 
 
-def detect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Report:
+def detect(model: nn.Module | ExportedProgram, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Report:
     """Find the residual chains of ``model`` without changing or running it; works on the meta device.
 
     Args:
-        model: any module. A Transformers model needs no arguments: it is captured with its dummy inputs.
-        args, kwargs: example arguments of a call.
+        model: any module, or what ``torch.export.export`` made of one, decomposed or not. A Transformers model needs no
+            arguments: it is captured with its dummy inputs.
+        args, kwargs: example arguments of a call; none for an exported program, which has its graph already.
 
     Returns:
         The chains that can be rewritten, and the refusals. No chain is no error here.
@@ -41,9 +45,14 @@ def detect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] 
     Raises:
         CaptureError, ChainCutError: if the model can't be called so, or not be captured in one graph.
     """
-    model, args, kwargs = checked_call(model, args, kwargs)
-    _refuse_rewritten(model)
-    captured = capture(model, args, kwargs)
+    if isinstance(model, ExportedProgram):
+        if args or kwargs:
+            raise ConfigError("an exported program holds its graph already; call detect on it without args and kwargs.")
+        captured = captured_from(model)
+    else:
+        model, args, kwargs = checked_call(model, args, kwargs)
+        _refuse_rewritten(model)
+        captured = capture(model, args, kwargs)
     return report_of(run_passes(_program(captured, AttnResConfig()), DETECTION), planned=False)
 
 
@@ -136,8 +145,7 @@ def plan(captured: Captured, config: AttnResConfig, name: str) -> Program:
 
 def explain_no_chain(name: str, report: Report) -> str:
     """Why nothing was rewritten: the nearest misses, one a line."""
-    misses = report.near_misses() or report.refusals[:3]
-    listed = "".join(f"\n  - {refusal}" for refusal in misses)
+    listed = "".join(f"\n  - {refusal}" for refusal in report.near_misses())
     return f"{name} has no residual chain that can be rewritten." + (
         f" The nearest misses:{listed}" if listed else " No residual add carries a stream from one sublayer to the next."
     )
@@ -211,6 +219,11 @@ def _checked_config(config: AttnResConfig | None) -> AttnResConfig:
 def checked_call(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    if isinstance(model, ExportedProgram):
+        raise ModelTypeError(
+            "a torch.export.ExportedProgram can be given to detect alone; convert or rewrite the module that it was exported "
+            "from."
+        )
     if not isinstance(model, nn.Module):
         raise ModelTypeError(f"expected a torch.nn.Module, not {type(model).__name__}.")
     original = getattr(model, "_orig_mod", None)  # what torch.compile(model) returned
@@ -224,28 +237,3 @@ def checked_call(
     if not args and not kwargs:
         kwargs = dummy_inputs(model)
     return model, args, kwargs
-
-
-def dummy_inputs(model: nn.Module) -> dict[str, Any]:
-    """Example arguments of a Transformers model, on its device and without a key-value cache; empty for other models."""
-    config = getattr(model, "config", None)
-    first = next(model.parameters(), None)
-    if config is None or first is None or not hasattr(model, "dummy_inputs"):
-        return {}
-    if getattr(model, "main_input_name", "") == "pixel_values":
-        size = getattr(config, "image_size", 224)
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        channels = getattr(config, "num_channels", 3)
-        return {"pixel_values": torch.zeros(1, channels, height, width, device=first.device, dtype=first.dtype)}
-    found = {}
-    examples: Any = model.dummy_inputs
-    for name, value in examples.items():
-        if isinstance(value, Tensor):
-            vocabulary = getattr(config, "vocab_size", None)
-            if not value.is_floating_point() and isinstance(vocabulary, int):
-                value = value % vocabulary
-            value = value.to(first.device)
-        found[name] = value
-    if getattr(config, "use_cache", None):
-        found["use_cache"] = False
-    return found

@@ -89,15 +89,16 @@ class Report:
         return sum(chain.num_sites * chain.hidden_size * per_feature for chain in self.chains)
 
     def near_misses(self, limit: int = 3) -> tuple[Refusal, ...]:
-        """The refused chains that came closest, the longest first."""
+        """The refused chains that came closest, the longest first; where no chain was refused, lone adds and reads."""
         chains = [refusal for refusal in self.refusals if refusal.subject == "chain"]
-        return tuple(sorted(chains, key=lambda refusal: -refusal.size)[:limit])
+        return tuple(sorted(chains or self.refusals, key=lambda refusal: -refusal.size)[:limit])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only."""
         return {
             "chains": [{**dataclasses.asdict(chain), "num_sites": chain.num_sites} for chain in self.chains],
             "refusals": [dataclasses.asdict(refusal) for refusal in self.refusals],
+            "near_misses": [dataclasses.asdict(refusal) for refusal in self.near_misses()],
             "passes": [dataclasses.asdict(entry) for entry in self.passes],
             "config": self.config.to_dict() if self.config else None,
             "num_sites": self.num_sites,

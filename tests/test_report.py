@@ -55,7 +55,8 @@ def test_to_dict_is_json() -> None:
 
 def test_an_empty_report() -> None:
     assert Report().to_dict() == {
-        "chains": [], "refusals": [], "passes": [], "config": None, "num_sites": 0, "num_added_parameters": 0,
+        "chains": [], "refusals": [], "near_misses": [], "passes": [], "config": None, "num_sites": 0,
+        "num_added_parameters": 0,
     }  # fmt: skip
     assert Report().near_misses() == ()
     assert "Residual chains" in str(Report())
