@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 import compile_time
+import growth
 import step_time
 import torch
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.table import Table
 
 BENCHMARKS: dict[str, Callable[[], Table]] = {
     "compile-time": compile_time.run,
+    "growth": growth.run,
     "step-time": step_time.run,
 }
 
