@@ -7,13 +7,14 @@ READY := $(VENV)/.ready
 SOURCES := attnres_compile kernels passes patterns
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test lint bench zoo clean
 
 help:
 	@echo "make demo   install into $(VENV) and run examples/demo.py"
 	@echo "make test   install into $(VENV) and run the tests"
 	@echo "make lint   install into $(VENV) and run ruff and mypy"
 	@echo "make bench  install into $(VENV) and run the benchmarks"
+	@echo "make zoo    install into $(VENV) and check every model of the zoo (about an hour on 2 cores)"
 	@echo "make clean  remove $(VENV), build outputs and caches"
 
 install: $(READY)
@@ -43,6 +44,9 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python tests/bench/run.py $(BENCH_ARGS)
+
+zoo: $(READY)
+	$(BIN)/python tests/zoo/run.py $(ZOO_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 ROOT = Path(__file__).resolve().parent.parent
 # On sys.path, the root would let our kernels/ pass for the package `kernels` that Transformers imports.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-sys.path.insert(0, str(ROOT / "tests" / "support"))
+sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "tests" / "zoo")]
 
 import hypothesis
 import pytest
