@@ -16,7 +16,7 @@ def dummy_inputs(model: nn.Module) -> dict[str, Any]:
     """Example arguments of a Transformers model, on its device and without a key-value cache; empty for other models.
 
     They are the model's own dummy inputs, completed by what its forward requires, by its main input, and by the inputs of
-    both sides of an encoder-decoder or of a pair of encoders. A language model that may also see images gets none.
+    both sides of an encoder-decoder or of a pair of encoders. A text model that may also see images gets none.
     """
     config, first = getattr(model, "config", None), next(model.parameters(), None)
     if config is None or first is None or not hasattr(model, "dummy_inputs"):

@@ -37,7 +37,7 @@ MODELS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "whisper": (WHISPER, [4, 6]),  # spectrogram and ids
     "vit": (VISION, [4]),
     "clip": ({"text_config": TEXT, "vision_config": VISION}, [4, 4]),  # two encoders, both of which must get inputs
-    "llava": (LLAVA, [4]),  # its language model, since images stand among the text's tokens
+    "llava": (LLAVA, [4]),  # its text model, since images stand among the text's tokens
     "wav2vec2": ({**WAV2VEC2, "do_stable_layer_norm": True}, [5]),  # a wave form; positions are a sublayer too
     "audio-spectrogram-transformer": ({**AUDIO, "num_mel_bins": 16, "max_length": 32}, [4]),
 }
