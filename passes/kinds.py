@@ -6,7 +6,7 @@ from torch.fx import Node
 
 from attnres_compile.passes.candidates import Candidate, Facts
 from attnres_compile.passes.graph_index import GraphIndex
-from attnres_compile.patterns.operations import name_of, shape_of
+from attnres_compile.patterns.operations import name_of, same_shape, shape_of
 from attnres_compile.patterns.residual import match_sum
 
 _ATTENTION = frozenset({"scaled_dot_product_attention", "flex_attention", "self_attention", "conv1d"})
@@ -19,8 +19,9 @@ def kind_of(index: GraphIndex, candidate: Candidate, facts: Facts) -> str:
         return "sandwich"
     read = {reads.stream for reads in candidate.reads if reads.groups}
     values, root = candidate.trunk.values, index.bit(candidate.trunk.root)
-    # Adds of what the stream has no part in, such as positions or biases, are neither.
-    computed = [(v, add) for v, add in zip(values, candidate.trunk.adds, strict=False) if index.ancestors[add.branch] & root]
+    # Adds of what the stream has no part in, such as positions or biases, and of one vector for many tokens are neither.
+    pairs = [(v, add) for v, add in zip(values, candidate.trunk.adds, strict=False) if same_shape(add.branch, add.node)]
+    computed = [(before, add) for before, add in pairs if index.ancestors[add.branch] & root]
     parallel = 0
     for before, add in computed:
         is_unread = before is not candidate.trunk.root and before not in read and before in {a.node for _, a in computed}

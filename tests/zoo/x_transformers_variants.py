@@ -56,9 +56,10 @@ LAYER_OPTIONS: dict[str, tuple[dict[str, Any], Verdict]] = {
     "error function for a norm": ({"use_derf": True}, "scale invariant"),
     "U-Net skips": ({"unet_skips": True}, "fragmented"),
     "depth attention": (_DEPTH_ATTENTION, "raw"),
-    "LIMe": ({"integrate_layers": True}, "raw"),
-    "orthogonal update": ({"orthog_residual": True}, "raw"),
-    "mean and variance split": ({"mv_split_residual": True}, "raw"),
+    "LIMe": ({"integrate_layers": True}, "over depth"),
+    # Both subtract from the branch what the raw stream has in it: the branch sees the norm, that reader keeps the plain sum.
+    "orthogonal update": ({"orthog_residual": True}, PRENORM),
+    "mean and variance split": ({"mv_split_residual": True}, PRENORM),
     "input injected before every norm": ({"reinject_input": True}, "raw"),
 }
 # name -> options of the layers, inputs besides the ids, and what should be found
