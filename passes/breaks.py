@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from attnres_compile.chain import ResidualAdd
 from attnres_compile.passes.graph_index import GraphIndex
+from attnres_compile.passes.normalize import attribute
 from attnres_compile.passes.streams import Trunk
 from attnres_compile.patterns.degrees import FUSED_NORMS
 from attnres_compile.patterns.operations import argument, is_float_tensor, name_of, shape_of, width_of
@@ -213,15 +214,8 @@ def opaque_operators(graph_module: GraphModule) -> dict[Node, int]:
 
 
 def _bodies_of(root: GraphModule, node: Node) -> list[GraphModule]:
-    bodies = []
-    for source in node.all_input_nodes:
-        if source.op == "get_attr":
-            body: Any = root
-            for part in str(source.target).split("."):
-                body = getattr(body, part, None)
-            if isinstance(body, GraphModule):
-                bodies.append(body)
-    return bodies
+    held = [attribute(root, str(source.target)) for source in node.all_input_nodes if source.op == "get_attr"]
+    return [body for body in held if isinstance(body, GraphModule)]
 
 
 def _sums_in(body: GraphModule) -> int:

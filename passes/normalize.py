@@ -65,34 +65,26 @@ def remove_markers(graph: Graph) -> int:
     return len(markers)
 
 
-def inline_bodies(graph_module: GraphModule) -> int:
+def inline_bodies(graph_module: GraphModule, kinds: Mapping[str, int] = _INLINED) -> int:
     """Inline activation checkpoints and wrapped functions, without which the chain would be invisible.
 
-    The nodes of a checkpoint carry its recompute tags, from which the min-cut partitioner does what the checkpoint did.
+    ``kinds`` says of each operator where the body stands among its arguments. The nodes of a checkpoint carry its recompute
+    tags, from which the min-cut partitioner does what the checkpoint did.
     """
     regions = itertools.count(1)
     changes = 0
-    while nodes := [node for node in graph_module.graph.nodes if _body_of(graph_module, node, _INLINED) is not None]:
+    while nodes := [node for node in graph_module.graph.nodes if _body_of(graph_module, node, kinds) is not None]:
         for node in nodes:
-            body = _body_of(graph_module, node, _INLINED)
+            body = _body_of(graph_module, node, kinds)
             assert body is not None
             tags: dict[str, Any] = {}
             if "checkpoint" in _operator_name(node):
                 tags = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": next(regions)}
                 if "_checkpoint_context_fn" in body.meta:
                     log.warning("a selective checkpoint policy is replaced by full recomputation [%s]", source_line_of(node))
-            _inline(graph_module, node, body, tags)
+            _inline(graph_module, node, body, tags, kinds[_operator_name(node)])
             changes += 1
     return changes
-
-
-def inline_regions(graph_module: GraphModule, kinds: Mapping[str, int]) -> None:
-    """Inline the calls of higher-order operators; ``kinds`` says where the body stands among the arguments of each."""
-    while nodes := [node for node in graph_module.graph.nodes if _body_of(graph_module, node, kinds) is not None]:
-        for node in nodes:
-            body = _body_of(graph_module, node, kinds)
-            assert body is not None
-            _inline(graph_module, node, body, {}, kinds[_operator_name(node)])
 
 
 def _operator_name(node: Node) -> str:
@@ -107,17 +99,18 @@ def _body_of(graph_module: GraphModule, node: Node, kinds: Mapping[str, int]) ->
     body = node.args[position] if position < len(node.args) else None
     if not isinstance(body, Node) or body.op != "get_attr":
         return None
-    found = _attribute(graph_module, str(body.target))
+    found = attribute(graph_module, str(body.target))
     return found if isinstance(found, GraphModule) else None
 
 
-def _attribute(root: Any, path: str) -> Any:
+def attribute(root: Any, path: str) -> Any:
+    """What a ``get_attr`` node with the target ``path`` gets."""
     for part in path.split("."):
         root = getattr(root, part)
     return root
 
 
-def _inline(graph_module: GraphModule, node: Node, body: GraphModule, tags: dict[str, Any], position: int = 0) -> None:
+def _inline(graph_module: GraphModule, node: Node, body: GraphModule, tags: dict[str, Any], position: int) -> None:
     graph = graph_module.graph
     arguments = node.args[2:] if _operator_name(node) == "invoke_subgraph" else node.args[position + 1 :]
     copies: dict[Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), arguments, strict=False))
@@ -131,7 +124,7 @@ def _inline(graph_module: GraphModule, node: Node, body: GraphModule, tags: dict
                 continue
             if inner.op == "get_attr":
                 name = f"{node.name}_{inner.target}".replace(".", "_")
-                setattr(graph_module, name, _attribute(body, str(inner.target)))
+                setattr(graph_module, name, attribute(body, str(inner.target)))
                 copies[inner] = graph.get_attr(name)
                 copies[inner].meta = dict(inner.meta)
                 continue

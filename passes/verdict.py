@@ -39,11 +39,11 @@ def judge(
         if _is_post_norm(index, candidate):
             post_norm.append(candidate)
             continue
-        facts = facts_of(index, candidate, candidates)
         through = _opaque_operator(index, candidate, breaks)
         if through is not None:
             opaque.add(through)
             continue
+        facts = facts_of(index, candidate, candidates)
         reason = _reason_against(index, candidate, facts, fragments, breaks)
         if reason is None:
             accepted.append((candidate, kind_of(index, candidate, facts)))

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -215,9 +214,3 @@ def _shortened(text: str) -> str:
     text = re.sub(r"\[[^\]]*(?:/|module )[^\]]*\]", "", " ".join(text.split()))
     text = re.sub(r"/\S*/", "", text)
     return text if len(text) <= 160 else text[:157] + "..."
-
-
-def timed(entry: Entry) -> tuple[Row, float]:
-    """The row and the seconds that it took."""
-    start = time.perf_counter()
-    return measure(entry), time.perf_counter() - start
