@@ -1,4 +1,6 @@
-"""The definition of one AttnRes read, in plain torch. Every fused kernel has its twin here.
+"""The definition of one AttnRes read in plain torch, and what its computations by phases share.
+
+``naive_site``, ``naive_inter`` and ``naive_merge`` are the twins of the fused kernels; this is what all of them compute.
 
 Symbols as in arXiv 2603.15031: sources v_i, pseudo-query w, key-norm weight g, weights alpha.
 """
@@ -22,6 +24,28 @@ def compute_dtype(storage: torch.dtype) -> torch.dtype:
     return torch.float64 if storage == torch.float64 else torch.float32
 
 
+def rows(x: Tensor) -> Tensor:
+    """``x``, ``[..., D]``, as a matrix of tokens ``[T, D]``."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def sum_over_tokens(x: Tensor) -> Tensor:
+    """``x``, ``[T, D]``, summed to ``[D]``, over a few rows at a time first.
+
+    Inductor sums over an outer dimension column by column, and one column of 8 rows lies in cache where one of T rows does not:
+    a third of the time for the gradients of a norm's weight and of a query.
+    """
+    tokens = x.shape[0]
+    if isinstance(tokens, int) and tokens % 8 == 0:
+        x = x.view(tokens // 8, 8, x.shape[1]).sum(1)
+    return x.sum(0)
+
+
+def weight_of(query: Tensor, key_norm: Tensor | None, compute: torch.dtype) -> Tensor:
+    """Query times key-norm weight, ``[D]``: all that a score needs of the two."""
+    return query.to(compute) if key_norm is None else query.to(compute) * key_norm.to(compute)
+
+
 def site(sources: Sequence[Tensor], query: Tensor, key_norm: Tensor | None, eps: float, scale: float) -> Tensor:
     """Softmax attention over depth: ``h = scale * sum_i alpha_i v_i`` (section "Full AttnRes").
 
@@ -37,7 +61,7 @@ def site(sources: Sequence[Tensor], query: Tensor, key_norm: Tensor | None, eps:
     """
     storage = storage_dtype(sources)
     compute = compute_dtype(storage)
-    weight = query.to(compute) if key_norm is None else query.to(compute) * key_norm.to(compute)
+    weight = weight_of(query, key_norm, compute)
     values = [source.to(compute) for source in sources]
     # Products and sums, no matmul: autocast must not round the scores to 16 bits.
     scores = [(v * weight).sum(-1) * torch.rsqrt(v.square().mean(-1) + eps) for v in values]
@@ -46,40 +70,3 @@ def site(sources: Sequence[Tensor], query: Tensor, key_norm: Tensor | None, eps:
     for i in range(1, len(values)):
         mixed = mixed + alpha[i].unsqueeze(-1) * values[i]
     return mixed.to(storage)
-
-
-def site_backward(
-    grad: Tensor, sources: Sequence[Tensor], query: Tensor, key_norm: Tensor | None, eps: float, scale: float
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Gradients of :func:`site` from its inputs alone; scores are recomputed, nothing else is stored.
-
-    Args:
-        grad: ``[..., D]``, the gradient of the output; the other arguments are those of :func:`site`.
-
-    Returns:
-        The gradients of the sources, of the query and of the key-norm weight (zero where there is none), each in
-        the dtype of what it belongs to.
-    """
-    compute = compute_dtype(storage_dtype(sources))
-    q = query.to(compute)
-    g = torch.ones_like(q) if key_norm is None else key_norm.to(compute)
-    weight = q * g
-    values = [source.to(compute) for source in sources]
-    d = grad.to(compute)
-    inverse_rms = [torch.rsqrt(v.square().mean(-1) + eps) for v in values]
-    scores = torch.stack([(v * weight).sum(-1) * r for v, r in zip(values, inverse_rms, strict=True)])
-    alpha = torch.softmax(scores, 0) * scale
-    toward = torch.stack([(d * v).sum(-1) for v in values])
-    # Softmax backward: alpha carries the scale, so the expectation under the weights divides it out again.
-    ds = alpha * (toward - (alpha * toward).sum(0) / scale)
-    grads = []
-    d_weight = torch.zeros_like(weight)
-    for i, (v, r) in enumerate(zip(values, inverse_rms, strict=True)):
-        coefficient = ds[i] * r
-        shrink = ds[i] * scores[i] * r * r / v.shape[-1]
-        grads.append(
-            (alpha[i].unsqueeze(-1) * d + coefficient.unsqueeze(-1) * weight - shrink.unsqueeze(-1) * v).to(sources[i].dtype)
-        )
-        d_weight = d_weight + (coefficient.unsqueeze(-1) * v).reshape(-1, v.shape[-1]).sum(0)
-    d_key_norm = (d_weight * q).to(key_norm.dtype) if key_norm is not None else torch.zeros_like(query)
-    return grads, (d_weight * g).to(query.dtype), d_key_norm

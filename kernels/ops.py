@@ -1,7 +1,8 @@
-"""The operators of the ``attnres::`` namespace, with fake and autograd.
+"""The operators of the ``attnres::`` namespace that graphs hold between the passes.
 
-``attnres::site`` is what the rewritten graph holds. ``attnres::only_rewritten`` marks the input of a converted model:
-rewriting removes it, and a graph that was not rewritten raises when it runs.
+``attnres::site`` is what rewriting puts into a graph, ``attnres::inter`` and ``attnres::merge`` what the two phases make of a
+block of sites. All of them run and differentiate as they stand. ``attnres::only_rewritten`` marks the input of a converted
+model: rewriting removes it, and a graph that was not rewritten raises when it runs.
 """
 
 from __future__ import annotations
@@ -11,20 +12,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch.library import Library, custom_op
 
-from attnres_compile.kernels import naive
+from attnres_compile.kernels import differentiable, fused, naive
+from attnres_compile.kernels.differentiable import FUSED, KERNELS, NAIVE
 
 NOT_REWRITTEN = (
     "this model carries AttnRes parameters, but the graph that just ran was not rewritten: it was compiled or exported by "
     'another backend. Use torch.compile(model, backend="attnres"), or attnres_compile.rewrite(model, ...).'
 )
 
+_library = Library("attnres", "FRAGMENT")
+_library.define("inter(Tensor[] sources, Tensor[] queries, Tensor[] key_norms, float eps) -> Tensor[]")
+_library.define(
+    "merge(Tensor partial, Tensor? branch, Tensor mixed, Tensor lse, Tensor query, Tensor? key_norm, float eps, float scale, "
+    "str norm='', Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=0.) -> Tensor[]"
+)
+_library.define(
+    "site_with_prior(Tensor[] sources, Tensor query, Tensor? key_norm, float eps, float scale, Tensor prior, Tensor prior_lse) "
+    "-> Tensor"
+)
+_library.impl("inter", differentiable.inter, "CompositeImplicitAutograd")
+_library.impl("merge", differentiable.merge, "CompositeImplicitAutograd")
+_library.impl("site_with_prior", lambda *arguments: differentiable.site(*arguments)[0], "CompositeImplicitAutograd")
+
 
 @custom_op("attnres::site", mutates_args=())
 def site(sources: Sequence[Tensor], query: Tensor, key_norm: Tensor | None, eps: float, scale: float) -> Tensor:
     """See :func:`attnres_compile.kernels.naive.site`. The result is contiguous, whatever layout the sources have."""
-    return naive.site(sources, query, key_norm, eps, scale).contiguous()
+    if not _has_fused(sources):
+        return naive.site(sources, query, key_norm, eps, scale).contiguous()
+    weight = naive.weight_of(query, key_norm, torch.float32)
+    return fused.site_forward(sources, weight, eps, scale, None, None)[0]
 
 
 @site.register_fake
@@ -36,8 +55,20 @@ def _site_fake(sources: Sequence[Tensor], query: Tensor, key_norm: Tensor | None
 def site_backward(
     grad: Tensor, sources: Sequence[Tensor], query: Tensor, key_norm: Tensor | None, eps: float, scale: float
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """See :func:`attnres_compile.kernels.naive.site_backward`."""
-    return naive.site_backward(grad, sources, query, key_norm, eps, scale)
+    """Gradients of :func:`site` from its inputs alone; scores are computed anew, nothing else is stored.
+
+    Returns:
+        The gradients of the sources, of the query and of the key-norm weight (zero where there is none), each in the dtype of
+        what it belongs to.
+    """
+    kernels = KERNELS[FUSED if _has_fused(sources) else NAIVE]
+    compute = naive.compute_dtype(naive.storage_dtype(sources))
+    weight = naive.weight_of(query, key_norm, compute)
+    _, *stats = kernels.site_forward(sources, weight, eps, scale, None, None)
+    grads, d_weight, *_ = kernels.site_backward(grad, [None] * len(sources), sources, weight, scale, None, None, *stats)
+    if key_norm is None:
+        return grads, d_weight.to(query.dtype), torch.zeros_like(query)
+    return grads, (d_weight * key_norm.to(compute)).to(query.dtype), (d_weight * query.to(compute)).to(key_norm.dtype)
 
 
 @site_backward.register_fake
@@ -49,6 +80,11 @@ def _site_backward_fake(
         torch.empty_like(query),
         torch.empty_like(query if key_norm is None else key_norm),
     )
+
+
+def _has_fused(sources: Sequence[Tensor]) -> bool:
+    alike = len({source.dtype for source in sources}) == 1
+    return alike and not fused.available(sources[0].device, sources[0].dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

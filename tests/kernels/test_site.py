@@ -1,4 +1,4 @@
-"""One AttnRes read: naive.site against the written-out definition, its backward against autograd, and the operators."""
+"""One AttnRes read: naive.site against the written-out definition, and the operator with its backward against autograd."""
 
 from __future__ import annotations
 
@@ -178,7 +178,9 @@ def test_backward_is_autograd(n: int, width: int, batch: tuple[int, ...], weight
     grad = torch.randn_like(read)
     expected = torch.autograd.grad(read, leaves, grad)
     with torch.no_grad():
-        d_sources, d_query, d_key_norm = naive.site_backward(grad, sources, query, weight, EPS, sum_of_weights(scale, n))
+        d_sources, d_query, d_key_norm = torch.ops.attnres.site_backward(
+            grad, sources, query, weight, EPS, sum_of_weights(scale, n)
+        )
     found = [*d_sources, d_query, *([d_key_norm] if weighted else [])]
     largest = max((gradient.abs().max().item() for gradient in expected if gradient.numel()), default=0.0)
     for leaf, ours, theirs in zip(leaves, found, expected, strict=True):
@@ -194,8 +196,10 @@ def test_backward_is_autograd(n: int, width: int, batch: tuple[int, ...], weight
 def test_backward_in_storage(name: str, dtype: torch.dtype) -> None:
     sources, query, key_norm = draw(5, 64, 96, dtype=dtype)
     grad = torch.randn(64, 96, dtype=torch.float64).to(dtype)
-    found = naive.site_backward(grad, sources, query, key_norm, EPS, 5.0)
-    wide = naive.site_backward(grad.double(), [s.double() for s in sources], query.double(), key_norm.double(), EPS, 5.0)
+    found = torch.ops.attnres.site_backward(grad, sources, query, key_norm, EPS, 5.0)
+    wide = torch.ops.attnres.site_backward(
+        grad.double(), [s.double() for s in sources], query.double(), key_norm.double(), EPS, 5.0
+    )
     position = ["sources", "query", "key_norm"].index(name)
     ours, theirs = found[position], wide[position]
     if isinstance(ours, list):
@@ -207,7 +211,9 @@ def test_backward_in_storage(name: str, dtype: torch.dtype) -> None:
 def test_gradients_keep_the_dtype_of_what_they_belong_to() -> None:
     sources, query, key_norm = draw(3, 4, 16)
     mixed = [sources[0].float(), sources[1].bfloat16(), sources[2].half()]
-    d_sources, d_query, d_key_norm = naive.site_backward(torch.randn(4, 16), mixed, query.bfloat16(), key_norm.float(), EPS, 3.0)
+    d_sources, d_query, d_key_norm = torch.ops.attnres.site_backward(
+        torch.randn(4, 16), mixed, query.bfloat16(), key_norm.float(), EPS, 3.0
+    )
     assert [d.dtype for d in (*d_sources, d_query, d_key_norm)] == [
         torch.float32, torch.bfloat16, torch.float16, torch.bfloat16, torch.float32,
     ]  # fmt: skip
@@ -319,10 +325,10 @@ def test_a_bad_token_does_not_spread(source: int, poison: float) -> None:
     sources, query, key_norm = draw(3, 5, 16, dtype=torch.float32)
     grad = torch.randn(5, 16)
     clean = naive.site(sources, query, key_norm, EPS, 3.0)
-    clean_grads = naive.site_backward(grad, sources, query, key_norm, EPS, 3.0)[0]
+    clean_grads = torch.ops.attnres.site_backward(grad, sources, query, key_norm, EPS, 3.0)[0]
     sources[source][2, 7] = poison
     found = naive.site(sources, query, key_norm, EPS, 3.0)
-    found_grads = naive.site_backward(grad, sources, query, key_norm, EPS, 3.0)[0]
+    found_grads = torch.ops.attnres.site_backward(grad, sources, query, key_norm, EPS, 3.0)[0]
     others = [0, 1, 3, 4]
     assert not found[2].isfinite().all()
     assert torch.equal(found[others], clean[others])
@@ -347,7 +353,7 @@ def test_extreme_magnitudes_stay_finite(magnitude: float, dtype: torch.dtype) ->
     sources, query, key_norm = draw(4, 5, 96)
     values = [(magnitude * source).to(dtype) for source in sources]
     found = naive.site(values, query.to(dtype), key_norm.to(dtype), 1e-6, 4.0)
-    grads = naive.site_backward(torch.ones_like(found), values, query.to(dtype), key_norm.to(dtype), 1e-6, 4.0)
+    grads = torch.ops.attnres.site_backward(torch.ones_like(found), values, query.to(dtype), key_norm.to(dtype), 1e-6, 4.0)
     for result in (found, *grads[0], *grads[1:]):
         assert result.isfinite().all()
 
