@@ -26,7 +26,7 @@ from attnres_compile.parameters import (
     parameters_of,
 )  # fmt: skip
 from attnres_compile.passes.base import Program, run_passes
-from attnres_compile.passes.pipeline import DETECTION, LOWERING, PLANNING, REWRITING
+from attnres_compile.passes.pipeline import DETECTION, LOWERING, PHASING, PLANNING, REWRITING
 from attnres_compile.patterns.operations import clean_path
 from attnres_compile.places import caller_of
 from attnres_compile.report import ChainReport, Report, SiteReport
@@ -88,7 +88,9 @@ def _compile(
     report = relative_to(report_of(program), ".".join(filter(None, (clean_path(root[0]), path))))
     if isinstance(existing, AttnResParameters):
         existing.check(report)
-    program = run_passes(program, REWRITING + LOWERING)
+    program = run_passes(program, REWRITING + PHASING + LOWERING)
+    for note in program.notes:
+        log.info("site %d is computed by itself: %s", note.site, note.reason)
     parameters = existing if isinstance(existing, AttnResParameters) else _attach_late(host, report, program)
     tensors = parameters.tensors()
     _tie_to_dynamo(root[0], path, program, parameters)

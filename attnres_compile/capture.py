@@ -78,6 +78,11 @@ def prepare_for_compiler(graph_module: GraphModule, extra: Sequence[tuple[Node, 
         node._dynamo_source = source
 
 
+# For CPUs: Inductor puts at most 16 reductions into one loop. The backward pass of phase 1 has n x S of them over the same few
+# rows, and each further loop reads these rows from memory again.
+INDUCTOR_OPTIONS: dict[str, Any] = {"cpp.max_horizontal_fusion_size": 64}
+
+
 def compile_with_inductor(graph_module: GraphModule, inputs: list[Any], mode: str | None) -> Callable[..., Any]:
     """Inductor, with the options of a ``torch.compile`` mode such as "reduce-overhead".
 
@@ -87,12 +92,12 @@ def compile_with_inductor(graph_module: GraphModule, inputs: list[Any], mode: st
     from torch._inductor import list_mode_options  # here, since importing Inductor takes more than a second
     from torch._inductor.compile_fx import compile_fx
 
-    patches = None
+    patches = dict(INDUCTOR_OPTIONS)
     if mode is not None and mode != "default":
         known = list_mode_options()
         if mode not in known:
             raise ConfigError(f"unknown mode {mode!r}; the modes are: default, {', '.join(known)}.")
-        patches = known[mode]
+        patches |= known[mode]
     compiled: Any = compile_fx(graph_module, inputs, config_patches=patches)
     return compiled
 

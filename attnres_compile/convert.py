@@ -19,7 +19,7 @@ from attnres_compile.errors import ConfigError, ModelTypeError, NoResidualChainE
 from attnres_compile.exported import captured_from
 from attnres_compile.parameters import ATTRIBUTE, AttnResParameters, attach, hosts_in, layout_of
 from attnres_compile.passes.base import Program, run_passes
-from attnres_compile.passes.pipeline import DETECTION, PLANNING, REWRITING
+from attnres_compile.passes.pipeline import DETECTION, PHASING, PLANNING, REWRITING
 from attnres_compile.report import Report, describe_chains
 from attnres_compile.rewritten import (
     RewrittenModule,
@@ -73,7 +73,8 @@ def convert_(
     _refuse_rewritten(model)
     if hosts_in(model):
         raise ConfigError(f"{type(model).__name__} was converted before; converting twice would rewrite the rewritten.")
-    program = plan(capture(model, args, kwargs), config, type(model).__name__)
+    # The graph is thrown away: what can be rewritten, and how, is known before the first step.
+    program = run_passes(plan(capture(model, args, kwargs), config, type(model).__name__), REWRITING + PHASING)
     report = report_of(program)
     attach(model, report, *device_and_dtype(model, program))
     return report
@@ -152,9 +153,8 @@ def explain_no_chain(name: str, report: Report) -> str:
 
 
 def report_of(program: Program, planned: bool = True) -> Report:
-    return Report(
-        describe_chains(program.chains, program.plans), program.refusals, program.history, program.config if planned else None
-    )
+    chains = describe_chains(program.chains, program.plans)
+    return Report(chains, program.refusals, program.history, program.config if planned else None, program.notes)
 
 
 def _refuse_rewritten(model: nn.Module) -> None:

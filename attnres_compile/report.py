@@ -61,6 +61,14 @@ class ChainReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class SiteNote:
+    """Why a site is computed by itself and not in two phases with the others of its block."""
+
+    site: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
 class PassReport:
     """What one pass did: number of changes, or of findings, and time in seconds."""
 
@@ -77,6 +85,7 @@ class Report:
     refusals: tuple[Refusal, ...] = ()
     passes: tuple[PassReport, ...] = ()
     config: AttnResConfig | None = None
+    notes: tuple[SiteNote, ...] = ()
 
     @property
     def num_sites(self) -> int:
@@ -99,6 +108,7 @@ class Report:
             "chains": [{**dataclasses.asdict(chain), "num_sites": chain.num_sites} for chain in self.chains],
             "refusals": [dataclasses.asdict(refusal) for refusal in self.refusals],
             "near_misses": [dataclasses.asdict(refusal) for refusal in self.near_misses()],
+            "notes": [dataclasses.asdict(note) for note in self.notes],
             "passes": [dataclasses.asdict(entry) for entry in self.passes],
             "config": self.config.to_dict() if self.config else None,
             "num_sites": self.num_sites,
@@ -130,6 +140,13 @@ class Report:
                         str(site.index), str(i), escape(", ".join(site.modules)), str(site.before), str(site.num_sources or "")
                     )
             yield sites
+        if self.notes:
+            alone = Table(title="Sites computed by themselves, not in two phases", title_justify="left")
+            for header in ("sites", "reason"):
+                alone.add_column(header, overflow="fold")
+            for reason in dict.fromkeys(note.reason for note in self.notes):
+                alone.add_row(", ".join(str(note.site) for note in self.notes if note.reason == reason), escape(reason))
+            yield alone
         if self.refusals:
             refused = Table(title="Refused", title_justify="left")
             for header in ("what", "reason", "module", "source line"):

@@ -16,18 +16,21 @@ from attnres_compile.chain import ResidualChain
 from attnres_compile.config import AttnResConfig
 from attnres_compile.errors import ConfigError, VerificationError
 from attnres_compile.plan import AttnResPlan
-from attnres_compile.report import PassReport, Refusal
+from attnres_compile.report import PassReport, Refusal, SiteNote
 
 log = logging.getLogger(__name__)
 DISABLE_VARIABLE = "ATTNRES_DISABLE_PASSES"
 # Every pass, and whether it may be left out by its exact name.
-PASSES = {"normalize": False, "find_chains": False, "plan_blocks": False, "rewrite": False, "verify": True, "lower": True}
+PASSES = {
+    "normalize": False, "find_chains": False, "plan_blocks": False, "rewrite": False, "verify": True, "two_phase": True,
+    "fuse_norms": True, "lower": True,
+}  # fmt: skip
 MADE_BY = "attnres_pass"  # meta key of new nodes: the pass that made them
 
 
 @dataclasses.dataclass(frozen=True)
 class SiteNodes:
-    """The nodes of one rewritten site; ``query`` and ``key_norm`` are graph inputs."""
+    """The nodes of one rewritten site; ``query`` and ``key_norm`` are graph inputs, ``call`` gives what the readers read."""
 
     call: Node
     query: Node
@@ -50,6 +53,7 @@ class Program:
     plans: tuple[AttnResPlan, ...] = ()
     sites: tuple[SiteNodes, ...] = ()
     operations: tuple[str, ...] = ()
+    notes: tuple[SiteNote, ...] = ()
     history: tuple[PassReport, ...] = ()
 
 
@@ -121,6 +125,10 @@ def check_graph(graph_module: GraphModule, after: str) -> None:
         sources, query = node.args[0], node.args[1]
         if not isinstance(sources, (list, tuple)) or len(sources) < 2 or not isinstance(query, Node):
             raise VerificationError(f"pass {after!r} left {node.name!r}, a site with fewer than two sources or without a query.")
+    for node in graph.find_nodes(op="call_function", target=torch.ops.attnres.inter.default):
+        sources, queries, key_norms = node.args[:3]
+        if not sources or len(queries) < 2 or len(key_norms) not in (0, len(queries)):
+            raise VerificationError(f"pass {after!r} left {node.name!r}, a phase 1 of fewer than two sites or without sources.")
 
 
 def is_site(node: Node) -> bool:

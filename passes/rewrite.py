@@ -15,6 +15,7 @@ from attnres_compile.config import AttnResConfig
 from attnres_compile.passes.base import MADE_BY, Program, SiteNodes
 from attnres_compile.passes.graph_index import GraphIndex
 from attnres_compile.passes.normalize import IN_PLACE_SPELLING, restore_in_place
+from attnres_compile.passes.regions import TAGS
 from attnres_compile.patterns.operations import (
     dtype_of,
     is_call,
@@ -180,7 +181,7 @@ class _ChainRewriter:
             torch.ops.attnres.site.default, (sources, query, key_norm, eps, scale), reader, query.name.removesuffix("_query"),
             _mixture_of(sources),
         )  # fmt: skip
-        for tag in ("recompute", "ac_graph_id"):  # a site is recomputed with the checkpoint region that reads it
+        for tag in TAGS:  # a site is recomputed with the checkpoint region that reads it
             call.meta.pop(tag, None)
             if tag in reader.meta:
                 call.meta[tag] = reader.meta[tag]
@@ -232,7 +233,7 @@ class _ChainRewriter:
         value: torch.Tensor | None = None,
     ) -> Node:
         node = self._insert(lambda: self.graph.create_node("call_function", function, arguments, name=name))
-        for key in ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id"):
+        for key in ("stack_trace", "nn_module_stack", *TAGS):
             if key in origin.meta:
                 node.meta[key] = origin.meta[key]
         node.meta[MADE_BY] = Rewrite.name

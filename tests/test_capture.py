@@ -211,3 +211,10 @@ def test_unknown_inductor_modes_are_refused() -> None:
     graph_module = torch.fx.symbolic_trace(Net())
     with pytest.raises(ConfigError, match="unknown mode 'fastest'; the modes are: default"):
         capture.compile_with_inductor(graph_module, [torch.randn(2, 4)], "fastest")
+
+
+def test_inductor_knows_our_options() -> None:
+    """If this fails, Inductor renamed what limits the width of a fused loop: rename it in INDUCTOR_OPTIONS, or leave it out."""
+    from torch._inductor import list_options
+
+    assert set(capture.INDUCTOR_OPTIONS) <= set(list_options())

@@ -18,13 +18,13 @@ from attnres_compile.passes.base import PASSES, Pass, Program, check_graph, run_
 from attnres_compile.passes.find_chains import FindChains
 from attnres_compile.passes.lower import Lower
 from attnres_compile.passes.normalize import Normalize
-from attnres_compile.passes.pipeline import DETECTION, LOWERING, PLANNING, REWRITING
+from attnres_compile.passes.pipeline import DETECTION, LOWERING, PHASING, PLANNING, REWRITING
 from attnres_compile.passes.plan_blocks import PlanBlocks
 from attnres_compile.passes.rewrite import Rewrite
 from attnres_compile.passes.verify import Verify
 
 WIDTH = 8
-ALL = (*DETECTION, *PLANNING, *REWRITING, *LOWERING)
+ALL = (*DETECTION, *PLANNING, *REWRITING, *PHASING, *LOWERING)
 
 
 class Network(nn.Module):
@@ -344,7 +344,7 @@ def test_lower_replaces_the_operator() -> None:
     program = rewritten()
     FileCheck().check_count("torch.ops.attnres.site.default]", 4, exactly=True).run(text_of(program))
     program = run_passes(program, [Lower()])
-    FileCheck().check_count("attnres_compile.kernels.naive.site]", 4, exactly=True).run(text_of(program))
+    FileCheck().check_count("attnres_compile.kernels.differentiable.site]", 4, exactly=True).run(text_of(program))
     assert "torch.ops.attnres" not in text_of(program)
     assert changes(program)["lower"] == 4
 
@@ -354,7 +354,17 @@ def test_the_lowered_graph_computes_the_same() -> None:
     inputs = [torch.randn(n.meta["example_value"].shape) for n in program.graph_module.graph.find_nodes(op="placeholder")]
     expected = program.graph_module(*inputs)[0]
     found = run_passes(program, [Lower()]).graph_module(*inputs)[0]
-    assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_lower_hands_every_source_on_to_its_next_reader() -> None:
+    text = text_of(run_passes(rewritten(config=AttnResConfig(variant="full")), [Lower()]))
+    check = FileCheck()
+    check.check("%x_again : ").check_same("operator.getitem](args = (%attnres_sites_0, 1)")
+    check.check("%attnres_sites_1 : ").check_same("([%x_again, %linear_1_again, %linear_2]")
+    check.check("%attnres_sites_2 : ").check_same("([%x_again_1, %linear_1_again_1, %linear_2_again, %linear_3]")
+    check.run(text)
+    assert "_again_3" not in text  # the last site has no one to hand them to
 
 
 # ---------------------------------------------------------------------------------------------------------- pipeline
@@ -362,14 +372,27 @@ def test_the_lowered_graph_computes_the_same() -> None:
 
 def test_the_whole_pipeline() -> None:
     program = run_passes(program_of(), ALL)
-    assert changes(program) == {"normalize": 0, "find_chains": 1, "plan_blocks": 2, "rewrite": 4, "verify": 0, "lower": 4}
+    assert changes(program) == {
+        "normalize": 0,
+        "find_chains": 1,
+        "plan_blocks": 2,
+        "rewrite": 4,
+        "verify": 0,
+        "two_phase": 2,
+        "fuse_norms": 1,
+        "lower": 4,
+    }
     assert all(entry.seconds >= 0 for entry in program.history)
 
 
 def test_passes_are_frozen_and_named() -> None:
-    assert [step.name for step in ALL] == ["normalize", "find_chains", "plan_blocks", "rewrite", "verify", "lower"]
+    assert [step.name for step in ALL] == [
+        "normalize", "find_chains", "plan_blocks", "rewrite", "verify", "two_phase", "fuse_norms", "lower",
+    ]  # fmt: skip
     assert [step.name for step in ALL] == list(PASSES)
-    assert [name for name, may_be_left_out in PASSES.items() if may_be_left_out] == ["verify", "lower"]
+    assert [name for name, may_be_left_out in PASSES.items() if may_be_left_out] == [
+        "verify", "two_phase", "fuse_norms", "lower",
+    ]  # fmt: skip
     with pytest.raises(AttributeError):
         ALL[0].name = "other"  # type: ignore[misc]
 
@@ -382,7 +405,8 @@ def test_the_hook_sees_every_pass_and_its_program() -> None:
 
     run_passes(program_of(), ALL, hook)
     assert seen == [
-        ("normalize", 1, 0), ("find_chains", 2, 0), ("plan_blocks", 3, 0), ("rewrite", 4, 4), ("verify", 5, 4), ("lower", 6, 4),
+        ("normalize", 1, 0), ("find_chains", 2, 0), ("plan_blocks", 3, 0), ("rewrite", 4, 4), ("verify", 5, 4),
+        ("two_phase", 6, 4), ("fuse_norms", 7, 4), ("lower", 8, 4),
     ]  # fmt: skip
 
 
@@ -391,6 +415,7 @@ def test_the_hook_sees_every_pass_and_its_program() -> None:
     [
         pytest.param("verify", ["verify"], id="verify"),
         pytest.param("lower", ["lower"], id="lower"),
+        pytest.param("two_phase", ["two_phase"], id="two_phase"),
         pytest.param(" lower, verify,", ["verify", "lower"], id="both-with-spaces"),
         pytest.param("", [], id="none"),
     ],
@@ -401,7 +426,8 @@ def test_optional_passes_can_be_disabled(monkeypatch: pytest.MonkeyPatch, disabl
     program = run_passes(program_of(), ALL, lambda step, _: hooked.append(step.name))
     expected = [step.name for step in ALL if step.name not in left_out]
     assert [entry.name for entry in program.history] == expected == hooked
-    assert ("torch.ops.attnres.site.default" in text_of(program)) == ("lower" in left_out)
+    assert ("torch.ops.attnres" in text_of(program)) == ("lower" in left_out)
+    assert ("inter" in text_of(program)) == ("two_phase" not in left_out)
 
 
 @pytest.mark.parametrize("name", ["normalize", "find_chains", "plan_blocks", "rewrite"])
@@ -411,7 +437,7 @@ def test_other_passes_can_not_be_disabled(monkeypatch: pytest.MonkeyPatch, name:
         run_passes(program_of(), ALL)
     assert str(caught.value) == (
         f"ATTNRES_DISABLE_PASSES names {name!r}, without which the model would run un-rewritten; those that can be left out "
-        "are: verify, lower."
+        "are: verify, two_phase, fuse_norms, lower."
     )
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from census import census_of
@@ -16,11 +17,12 @@ from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves, tree_map
 
 import attnres_compile as ac
+from attnres_compile import convert
 from attnres_compile.capture import capture
 from attnres_compile.convert import report_of
 from attnres_compile.errors import AttnResError, CaptureError, ChainCutError
 from attnres_compile.passes.base import Program, run_passes
-from attnres_compile.passes.pipeline import DETECTION
+from attnres_compile.passes.pipeline import DETECTION, LOWERING, PHASING, REWRITING
 from attnres_compile.report import Report
 
 CONFIGS = {"full": ac.AttnResConfig(variant="full"), "block": ac.AttnResConfig(variant="block", num_blocks=2)}
@@ -33,8 +35,9 @@ class Row:
     ``problem`` says why there is no verdict: the model can't be built here, or not be captured in one graph.
     ``chains`` holds (kind, sublayers, sites) of each; ``refusal`` is the nearest miss of a model without chains.
     ``errors`` are the relative L2 errors of the outputs at zero queries in float64, by variant; ``idle`` counts queries
-    that random queries leave without a gradient. ``norms`` says where the norms as wide as a stream stand
-    (see ``census``). ``seconds`` is the time of all passes, from captured graph to rewritten graph.
+    that random queries leave without a gradient, and ``phased`` is how much two phases change the outputs with these.
+    ``norms`` says where the norms as wide as a stream stand (see ``census``). ``seconds`` is the time of all passes, from
+    captured graph to rewritten graph.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Row:
     refusal: str = ""
     errors: dict[str, float] = dataclasses.field(default_factory=dict)
     idle: int = 0
+    phased: float = 0.0
     norms: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
 
@@ -98,7 +102,7 @@ def _detect(case: Case) -> tuple[Report, dict[str, dict[str, int]]]:
 
 def _rewritten(case: Case) -> dict[str, Any]:
     """Exactness at zero queries and reach of the gradients, Full and Block, all computed in float64."""
-    errors, idle, seconds = {}, 0, 0.0
+    errors, idle, phased, seconds = {}, 0, 0.0, 0.0
     with default_float64():
         model = case.model.double()
         args, kwargs = tree_map(_double, (case.args, case.kwargs))
@@ -115,7 +119,21 @@ def _rewritten(case: Case) -> dict[str, Any]:
             with torch.no_grad():
                 errors[name] = relative_error(rewritten(*args, **kwargs), standard)
             idle += idle_queries(rewritten, args, kwargs)
-    return {"errors": errors, "idle": idle, "seconds": seconds}
+            phased = max(phased, _error_of_phases(rewritten, model, config, args, kwargs))
+    return {"errors": errors, "idle": idle, "phased": phased, "seconds": seconds}
+
+
+def _error_of_phases(rewritten: Any, model: nn.Module, config: ac.AttnResConfig, args: Any, kwargs: Any) -> float:
+    """Relative L2 error of the graph that a compiler gets, sites in two phases, against ``rewritten`` with its queries."""
+    with mock.patch.object(convert, "REWRITING", REWRITING + PHASING + LOWERING):
+        in_phases = ac.rewrite(model, config, args, kwargs)
+    in_phases.attnres.load_state_dict(rewritten.attnres.state_dict())
+    promote_casts(in_phases)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        expected = rewritten(*args, **kwargs)
+        torch.manual_seed(0)
+        return relative_error(in_phases(*args, **kwargs), expected)
 
 
 def idle_queries(rewritten: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

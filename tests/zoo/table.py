@@ -16,6 +16,8 @@ TOLERANCE = 1e-13
 def faults_of(row: Row) -> list[str]:
     """What must not be: an inexact rewrite, a query without gradient, a norm on the stream that is no site."""
     faults = [f"{name}: relative error {error:.1e}" for name, error in row.errors.items() if not error <= TOLERANCE]
+    if not row.phased <= TOLERANCE:
+        faults.append(f"two phases change the outputs by {row.phased:.1e}")
     if row.idle:
         faults.append(f"{row.idle} queries without gradient")
     if MISSED in row.norms:
