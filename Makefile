@@ -7,15 +7,16 @@ READY := $(VENV)/.ready
 SOURCES := attnres_compile kernels passes patterns
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench zoo clean
+.PHONY: help install demo test lint bench kernels zoo clean
 
 help:
-	@echo "make demo   install into $(VENV) and run examples/demo.py"
-	@echo "make test   install into $(VENV) and run the tests"
-	@echo "make lint   install into $(VENV) and run ruff and mypy"
-	@echo "make bench  install into $(VENV) and run the benchmarks"
-	@echo "make zoo    install into $(VENV) and check every model of the zoo (about an hour on 2 cores)"
-	@echo "make clean  remove $(VENV), build outputs and caches"
+	@echo "make demo     install into $(VENV) and run examples/demo.py"
+	@echo "make test     install into $(VENV) and run the tests"
+	@echo "make lint     install into $(VENV) and run ruff and mypy"
+	@echo "make bench    install into $(VENV) and run the benchmarks"
+	@echo "make kernels  install into $(VENV) and compile every kernel for four GPUs with two Tritons (no GPU needed)"
+	@echo "make zoo      install into $(VENV) and check every model of the zoo (about an hour on 2 cores)"
+	@echo "make clean    remove $(VENV), build outputs and caches"
 
 install: $(READY)
 
@@ -44,6 +45,9 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python tests/bench/run.py $(BENCH_ARGS)
+
+kernels: $(READY)
+	$(BIN)/python tests/bench/offline.py --triton 3.6.0 $(KERNELS_ARGS)
 
 zoo: $(READY)
 	$(BIN)/python tests/zoo/run.py $(ZOO_ARGS)

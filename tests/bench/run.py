@@ -1,6 +1,7 @@
 """Benchmarks: ``make bench``, or ``python tests/bench/run.py NAME ...`` for some of them.
 
-Every benchmark runs its sides in one process and reports ratios; absolute times belong to the machine that is named.
+Every benchmark runs its sides in one process and reports ratios; absolute times belong to the machine that is named. The
+whole table for a GPU, with other implementations beside ours, is ``gpu.py``.
 """
 
 from __future__ import annotations
@@ -9,30 +10,42 @@ import os
 import sys
 from collections.abc import Callable
 
+import block
 import compile_time
 import growth
+import kernel_time
 import step_time
 import torch
 from rich.console import Console
 from rich.table import Table
 
 BENCHMARKS: dict[str, Callable[[], Table]] = {
+    "block": block.run,
+    "step-time": step_time.run,
+    "prefill": step_time.run_prefill,
+    "decode": step_time.run_decode,
     "compile-time": compile_time.run,
     "growth": growth.run,
-    "step-time": step_time.run,
 }
+ON_GPU: dict[str, Callable[[], Table]] = {"kernels": kernel_time.run}
 
 
 def main(names: list[str]) -> int:
-    unknown = [name for name in names if name not in BENCHMARKS]
+    known = BENCHMARKS | ON_GPU
+    unknown = [name for name in names if name not in known]
     if unknown:
-        print(f"no benchmark {unknown[0]!r}; there are: {', '.join(BENCHMARKS)}", file=sys.stderr)
+        print(f"no benchmark {unknown[0]!r}; there are: {', '.join(known)}", file=sys.stderr)
         return 2
-    console = Console(width=120)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    has_gpu = torch.cuda.is_available()
+    impossible = [name for name in names if name in ON_GPU and not has_gpu]
+    if impossible:
+        print(f"the benchmark {impossible[0]!r} needs a GPU", file=sys.stderr)
+        return 2
+    console = Console(width=150)
+    device = torch.cuda.get_device_name() if has_gpu else "no GPU"
     console.print(f"torch {torch.__version__}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads, {device}")
-    for name in names or BENCHMARKS:
-        console.print(BENCHMARKS[name]())
+    for name in names or (known if has_gpu else BENCHMARKS):
+        console.print(known[name]())
     return 0
 
 
