@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from interpreter import make_faithful
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,6 +25,7 @@ from attnres_compile.kernels import (
     naive_site,
 )  # fmt: skip
 
+make_faithful()
 EPS, NORM_EPS = 1e-6, 1e-5
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
 TWINS = {

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
+from interpreter import make_faithful
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from torch.nn import functional as F
@@ -23,6 +24,7 @@ from attnres_compile.passes.lower import Lower
 from attnres_compile.passes.pipeline import DETECTION, PHASING, PLANNING, REWRITING
 from attnres_compile.passes.two_phase import FULL_CHUNK
 
+make_faithful()
 WIDTH = 8
 TOKENS = (2, 3)
 
