@@ -358,10 +358,8 @@ def variants(D: int, dtype: torch.dtype, lanes: int = 32) -> list[Variant]:
         lanes: of a warp, 64 on an AMD GPU.
 
     Returns:
-        Tuples of a name, kernel, types of the arguments, compile-time arguments, and configuration; forward and backward.
+        Tuples of a name, kernel, types of the arguments, compile-time arguments, and configuration.
     """
-    from attnres_compile.kernels import fused_inter_backward  # which is built on this module
-
     found: list[Variant] = []
     for S in (8, 16, 24):
         for mix in (True, False):
@@ -369,5 +367,4 @@ def variants(D: int, dtype: torch.dtype, lanes: int = 32) -> list[Variant]:
                 values = _scores_constants(D, S, config, lanes, mix)
                 name = f"inter_forward S={S}" + ("" if mix else " scores")
                 found.append((name, _scores, *signature(_scores, values, dtype), config))
-        found += fused_inter_backward.variants(D, S, dtype, lanes)
     return found

@@ -329,12 +329,14 @@ def _weight_gradient(
     return partial.sum(0)
 
 
-def variants(D: int, S: int, dtype: torch.dtype, lanes: int) -> list[Variant]:
-    """The part of :func:`attnres_compile.kernels.fused_inter.variants` that is launched here."""
+def variants(D: int, dtype: torch.dtype, lanes: int = 32) -> list[Variant]:
+    """See :func:`attnres_compile.kernels.fused_inter.variants`."""
     found: list[Variant] = []
-    for config in _candidates(D, S, dtype, lanes):
-        values = _source_constants(D, S, config, lanes, many=False)
-        found.append((f"inter_backward S={S}", _source_gradients, *signature(_source_gradients, values, dtype), config))
-    config = _weight_config(dtype, S)
-    values = _weight_constants(D, S, dtype, config, lanes)
-    return [*found, (f"inter_weights S={S}", _weight_gradients, *signature(_weight_gradients, values, dtype), config)]
+    for S in (8, 16, 24):
+        for config in _candidates(D, S, dtype, lanes):
+            values = _source_constants(D, S, config, lanes, many=False)
+            found.append((f"inter_backward S={S}", _source_gradients, *signature(_source_gradients, values, dtype), config))
+        config = _weight_config(dtype, S)
+        values = _weight_constants(D, S, dtype, config, lanes)
+        found.append((f"inter_weights S={S}", _weight_gradients, *signature(_weight_gradients, values, dtype), config))
+    return found

@@ -38,7 +38,7 @@ from triton.compiler import ASTSource
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-MODULES = ("fused_merge", "fused_inter", "fused_site")
+MODULES = ("fused_merge", "fused_inter", "fused_inter_backward", "fused_site")
 WIDTHS = (1024, 1536, 2048, 4096, 5120, 7168)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

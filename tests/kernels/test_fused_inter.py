@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 import interpreter
 
 from attnres_compile.kernels import fused_inter, fused_inter_backward
-from attnres_compile.kernels.fused_inter import inter_forward, variants
+from attnres_compile.kernels.fused_inter import inter_forward
 from attnres_compile.kernels.fused_inter_backward import inter_backward
 from attnres_compile.kernels.launch import Config
 
@@ -212,7 +212,8 @@ CONFIGURATIONS = {
     config: f"warps{config.num_warps}-tokens{config.tokens}-width{config.width}-programs{config.programs}"
     for D in (1024, 7168)
     for lanes in (32, 64)
-    for name, _, _, _, config in variants(D, torch.bfloat16, lanes)
+    for module in (fused_inter, fused_inter_backward)
+    for name, _, _, _, config in module.variants(D, torch.bfloat16, lanes)
     if not name.startswith("inter_weights")
 }
 
