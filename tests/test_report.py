@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import attnres_compile
 from attnres_compile import AttnResConfig, Refusal, Report
-from attnres_compile.report import ChainReport, PassReport, SiteReport
+from attnres_compile.report import ChainReport, PassReport, SiteNote, SiteReport
 
 
 def site(index: int, module: str, before: int, num_sources: int | None = None) -> SiteReport:
@@ -55,11 +55,17 @@ def test_to_dict_is_json() -> None:
 
 def test_an_empty_report() -> None:
     assert Report().to_dict() == {
-        "chains": [], "refusals": [], "near_misses": [], "passes": [], "config": None, "num_sites": 0,
+        "chains": [], "refusals": [], "near_misses": [], "passes": [], "notes": [], "config": None, "num_sites": 0,
         "num_added_parameters": 0,
     }  # fmt: skip
     assert Report().near_misses() == ()
     assert "Residual chains" in str(Report())
+
+
+def test_sites_computed_by_themselves_are_listed_by_reason() -> None:
+    report = Report(notes=(SiteNote(3, "its sources differ in dtype"), SiteNote(7, "its sources differ in dtype")))
+    assert report.to_dict()["notes"][1] == {"site": 7, "reason": "its sources differ in dtype"}
+    assert "3, 7" in str(report) and "differ in dtype" in str(report)
 
 
 @pytest.mark.parametrize(

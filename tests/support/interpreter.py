@@ -54,6 +54,8 @@ def make_faithful() -> None:
 
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the test ends, fresh floating tensors hold NaN, so that what a kernel leaves unwritten shows."""
+    with torch.device("cpu"):  # torch notes once which functions follow a default device: let it be the real ones
+        torch.empty(0)
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _filled(getattr(owner, name)))
 
