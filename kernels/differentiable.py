@@ -8,6 +8,7 @@ adds its own share; no gradient of the size of the stream is added up outside of
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ class Kernels:
     site_backward: Callable[..., tuple[list[Tensor], Tensor, Tensor | None, Tensor | None]]
 
 
+log = logging.getLogger(__name__)
 NAIVE, FUSED = "naive", "fused"
 KERNELS = {
     NAIVE: Kernels(
@@ -44,6 +46,15 @@ KERNELS = {
         fused.site_forward, fused.site_backward,
     ),
 }  # fmt: skip
+
+
+def kernels_for(tensors: Sequence[Tensor]) -> str:
+    """NAIVE, or FUSED where there are fused kernels for the device and the one dtype of ``tensors``."""
+    alike = len({tensor.dtype for tensor in tensors}) == 1
+    reason = fused.available(tensors[0].device, tensors[0].dtype) if alike else "the tensors differ in dtype"
+    if reason:
+        log.debug("computed in plain torch: %s", reason)
+    return NAIVE if reason else FUSED
 
 
 def inter(

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from attnres_compile.kernels.naive_merge import STATISTICS
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-STATISTICS = {"": 3, "rms": 4, "layer": 5}  # rows of a merge's statistics, by the norm behind it
 
 
 def available(device: torch.device | str, dtype: torch.dtype) -> str:

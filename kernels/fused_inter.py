@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnres_compile.kernels.launch import Config, addresses, num_programs, rows, tuned
+from attnres_compile.kernels.launch import TYPES, Config, Variant, addresses, lanes_of, num_programs, rows, tuned
 
 SOURCES = tl.constexpr(16)  # in one tile: the least depth of a product on tensor cores
 WIDE = 4096  # from here on, what the tokens in flight keep in L2 is worth a limit on the programs
@@ -40,7 +40,6 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 # By the lanes of a warp: three TF32 products on NVIDIA, where float32 proper would be multiply-adds; AMD has matrix
 # instructions for float32 itself.
 PRECISIONS = {32: "tf32x3", 64: "ieee"}
-Variant = tuple[str, Any, dict[str, str], dict[str, Any], Config]
 UNSPECIALIZED = ["n", "S", "T"]  # one compiled kernel for all of them
 
 
@@ -268,11 +267,6 @@ def grid(T: int, config: Config, device: torch.device) -> tuple[int]:
     return (num_programs(tiles, device, config.programs) if config.programs else tiles,)
 
 
-def lanes_of(device: torch.device) -> int:
-    """Of a warp; the interpreter counts as NVIDIA."""
-    return 64 if device.type == "cuda" and torch.version.hip is not None else 32
-
-
 def split_weights(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Weights ``[S, D]`` as the kernels take them: halves ``[2, S, D]`` and factors ``[S]``, or themselves for float32."""
     weights = weights.contiguous()
@@ -347,7 +341,7 @@ def signature(kernel: Any, values: dict[str, Any], dtype: torch.dtype) -> tuple[
     """Types of a kernel's arguments and its compile-time values; ``factors`` are of 16-bit storage alone."""
     values = values | ({"factors": None} if "factors" in kernel.arg_names and dtype == torch.float32 else {})
     integers = dict.fromkeys((*UNSPECIALIZED, "groups", "share"), "i32")
-    types = {"table": "*i64", "halves": f"*{DTYPES[dtype].name}", "eps": "fp32", **integers}
+    types = {"table": "*i64", "halves": TYPES[dtype], "eps": "fp32", **integers}
     return {name: types.get(name, "*fp32") for name in kernel.arg_names if name not in values}, values
 
 

@@ -23,10 +23,8 @@ from attnres_compile.kernels.fused_inter import (
     SOURCES,
     UNSPECIALIZED,
     WIDE,
-    Variant,
     constants,
     grid,
-    lanes_of,
     pick,
     pointers,
     power_of_two,
@@ -36,7 +34,7 @@ from attnres_compile.kernels.fused_inter import (
     split_weights,
     tile_constants,
 )
-from attnres_compile.kernels.launch import Config, addresses, num_programs, rows, tuned
+from attnres_compile.kernels.launch import Config, Variant, addresses, lanes_of, num_programs, rows, tuned
 
 PROGRAMS = 4  # of the weight gradient, on each multiprocessor: enough to hide the latency of their loads
 

@@ -15,11 +15,10 @@ import triton
 from torch import Tensor
 
 from attnres_compile.kernels import fused_merge_kernels as kernels
-from attnres_compile.kernels.launch import ALIGNMENT, Config, num_programs, rows, tuned
+from attnres_compile.kernels.launch import ALIGNMENT, TYPES, Config, Variant, lanes_of, num_programs, rows, tuned
+from attnres_compile.kernels.naive_merge import STATISTICS
 
-STATISTICS = {"": 3, "rms": 4, "layer": 5}  # rows of the statistics, by norm
 FEW_TOKENS = 1024
-LANES = 64 if torch.version.hip else 32  # threads of a warp
 
 
 def _tile(D: int, vector: int, threads: int, limit: int) -> tuple[int, int]:
@@ -168,7 +167,7 @@ def merge_forward(
         kernels.forward[grid](**arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
 
     if tokens:
-        _run("merge_forward", norm, arguments, _forward_configs(D, partial.dtype, LANES), launch)
+        _run("merge_forward", norm, arguments, _forward_configs(D, partial.dtype, lanes_of(partial.device)), launch)
     total = partial if branch is None else arguments["total"].view(partial.shape)
     return total, arguments["y"].view(partial.shape), arguments["stats"]
 
@@ -203,7 +202,7 @@ def merge_backward(
         return [partial.sum(0) for partial in sums]  # apart: an operator's outputs may not share memory
 
     if tokens:
-        sums = _run("merge_backward", norm, arguments, _backward_configs(D, total.dtype, norm, LANES), launch)
+        sums = _run("merge_backward", norm, arguments, _backward_configs(D, total.dtype, norm, lanes_of(total.device)), launch)
     else:
         sums = [torch.zeros(D, dtype=torch.float32, device=total.device) for _ in range(kinds)]
     grad_norm_weight = sums[1] if arguments["norm_weight"] is not None else None
@@ -212,10 +211,7 @@ def merge_backward(
     return grad, grad_mixed, arguments["grad_lse"], sums[0], grad_norm_weight, grad_norm_bias
 
 
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-
-
-def variants(D: int, dtype: torch.dtype, lanes: int = 32) -> list[tuple[str, Any, dict[str, str], dict[str, Any], Config]]:
+def variants(D: int, dtype: torch.dtype, lanes: int = 32) -> list[Variant]:
     """Every kernel that may be launched at a width, with all that it can fuse, to be compiled without a GPU.
 
     Args:

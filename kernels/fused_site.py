@@ -1,4 +1,4 @@
-"""One AttnRes read over any number of sources, forward and backward, as Triton kernels. The twins are in ``naive.py``.
+"""One AttnRes read over any number of sources, forward and backward, as Triton kernels. The twins are in ``naive_site``.
 
 A program holds one row of D features at a time, as parts of one 128-bit load per thread each, so D need not be a power of two
 and no register is spent on padding unless the last part is incomplete. It walks over the sources through a table of their
@@ -19,9 +19,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnres_compile.kernels.launch import ALIGNMENT, Config, addresses, num_programs, rows, tuned
-
-Variant = tuple[str, Any, dict[str, str], dict[str, Any], Config]
+from attnres_compile.kernels.launch import (
+    ALIGNMENT,
+    TYPES,
+    Config,
+    Variant,
+    addresses,
+    lanes_of,
+    num_programs,
+    rows,
+    tuned,
+)  # fmt: skip
 
 # How many 128-bit loads a thread makes for a row: with more, the registers leave room for too few programs.
 PARTS = range(4, 8)
@@ -220,7 +228,7 @@ def variants(D: int, dtype: torch.dtype, lanes: int = 32) -> list[Variant]:
         For every kernel, with and without a prior, and every number of warps: name, kernel, Triton types of its arguments,
         constants, configuration.
     """
-    row = "*" + {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    row = TYPES[dtype]
     types = dict.fromkeys(("sources", "table"), "*i64") | dict.fromkeys(("tokens", "n"), "i32")
     types |= dict.fromkeys(("eps", "scale"), "fp32") | dict.fromkeys(("prior", "h", "grad_h", "grad_prior"), row)
     found: list[Variant] = []
@@ -233,10 +241,6 @@ def variants(D: int, dtype: torch.dtype, lanes: int = 32) -> list[Variant]:
             given = {argument: kind for argument, kind in signature.items() if argument not in absent}
             found.append((name, kernel, given, constants | absent, config))
     return found
-
-
-def _lanes(device: torch.device) -> int:
-    return 32 if device.type == "cpu" else torch.cuda.get_device_properties(device).warp_size
 
 
 def _matrices(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -276,7 +280,7 @@ def site_forward(
     h, lse = torch.empty_like(matrices[0]), weight.new_empty(tokens)
     scores, inverse_rms = weight.new_empty(len(sources), tokens), weight.new_empty(len(sources), tokens)
     if tokens:
-        table, lanes = addresses(matrices), _lanes(h.device)
+        table, lanes = addresses(matrices), lanes_of(h.device)
         term = (None, None) if prior is None or prior_lse is None else (rows(prior), prior_lse.contiguous())
 
         def launch(config: Config) -> None:
@@ -320,7 +324,7 @@ def site_backward(
     if tokens:
         given = iter(_matrices([grad_h, *(gradient for gradient in grad_sources if gradient is not None)])[1:])
         incoming = [grads[i] if grad_sources[i] is None else next(given) for i in range(n)]
-        table, lanes = addresses([*matrices, *incoming, *grads]), _lanes(d.device)
+        table, lanes = addresses([*matrices, *incoming, *grads]), lanes_of(d.device)
         term = (None, None) if prior is None or prior_lse is None else (rows(prior), prior_lse.contiguous())
 
         def launch(config: Config) -> None:

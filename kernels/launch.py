@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -15,6 +16,7 @@ ALIGNMENT = 16  # bytes: the widest load of a thread
 PER_LAUNCH = 16  # addresses that one launch writes
 INTERPRETED_PROGRAMS = 3  # enough that programs have several rows and unequal shares of them
 REPETITIONS = 5
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}  # Triton's names of pointers to storage
 
 _picked: dict[tuple[Hashable, ...], Config] = {}
 
@@ -38,6 +40,15 @@ class Config:
     width: int = 0
     programs: int = 0
     reread: bool = False
+
+
+# For compiling without a GPU: a name, the kernel, the types of its arguments, its compile-time arguments, its configuration.
+Variant = tuple[str, Any, dict[str, str], dict[str, Any], Config]
+
+
+def lanes_of(device: torch.device) -> int:
+    """Threads of a warp; the interpreter counts as NVIDIA."""
+    return 64 if device.type == "cuda" and torch.version.hip is not None else 32
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnres_compile.kernels.naive import compute_dtype, rows, sum_over_tokens
 
-NORMS = ("", "rms", "layer")
+STATISTICS = {"": 3, "rms": 4, "layer": 5}  # how many a merge keeps for its backward, by the norm behind it
 
 
 def merge_forward(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import Library, custom_op
 
 from attnres_compile.kernels import differentiable, fused, naive
-from attnres_compile.kernels.differentiable import FUSED, KERNELS, NAIVE
+from attnres_compile.kernels.differentiable import KERNELS, NAIVE, kernels_for
 
 NOT_REWRITTEN = (
     "this model carries AttnRes parameters, but the graph that just ran was not rewritten: it was compiled or exported by "
@@ -40,7 +40,7 @@ _library.impl("site_with_prior", lambda *arguments: differentiable.site(*argumen
 @custom_op("attnres::site", mutates_args=())
 def site(sources: Sequence[Tensor], query: Tensor, key_norm: Tensor | None, eps: float, scale: float) -> Tensor:
     """See :func:`attnres_compile.kernels.naive.site`. The result is contiguous, whatever layout the sources have."""
-    if not _has_fused(sources):
+    if kernels_for(sources) == NAIVE:
         return naive.site(sources, query, key_norm, eps, scale).contiguous()
     weight = naive.weight_of(query, key_norm, torch.float32)
     return fused.site_forward(sources, weight, eps, scale, None, None)[0]
@@ -61,7 +61,7 @@ def site_backward(
         The gradients of the sources, of the query and of the key-norm weight (zero where there is none), each in the dtype of
         what it belongs to.
     """
-    kernels = KERNELS[FUSED if _has_fused(sources) else NAIVE]
+    kernels = KERNELS[kernels_for(sources)]
     compute = naive.compute_dtype(naive.storage_dtype(sources))
     weight = naive.weight_of(query, key_norm, compute)
     _, *stats = kernels.site_forward(sources, weight, eps, scale, None, None)
@@ -80,11 +80,6 @@ def _site_backward_fake(
         torch.empty_like(query),
         torch.empty_like(query if key_norm is None else key_norm),
     )
-
-
-def _has_fused(sources: Sequence[Tensor]) -> bool:
-    alike = len({source.dtype for source in sources}) == 1
-    return alike and not fused.available(sources[0].device, sources[0].dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.fx import GraphModule, Node
@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from attnres_compile.chain import ResidualChain
 from attnres_compile.config import AttnResConfig
 from attnres_compile.errors import ConfigError, VerificationError
+from attnres_compile.passes.regions import TAGS
 from attnres_compile.plan import AttnResPlan
 from attnres_compile.report import PassReport, Refusal, SiteNote
 
@@ -26,6 +27,13 @@ PASSES = {
     "fuse_norms": True, "lower": True,
 }  # fmt: skip
 MADE_BY = "attnres_pass"  # meta key of new nodes: the pass that made them
+
+
+def describe(node: Node, origin: Node, made_by: str, value: Any) -> Node:
+    """Say of a new node where it comes from: the place and the checkpoint region of ``origin``, its pass, its example value."""
+    node.meta |= {key: origin.meta[key] for key in ("stack_trace", "nn_module_stack", *TAGS) if key in origin.meta}
+    node.meta |= {MADE_BY: made_by, "example_value": value}
+    return node
 
 
 @dataclasses.dataclass(frozen=True)

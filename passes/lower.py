@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from attnres_compile.kernels import differentiable, fused
-from attnres_compile.kernels.differentiable import FUSED, NAIVE
-from attnres_compile.passes.base import MADE_BY, Program
-from attnres_compile.passes.regions import TAGS, GradientRegions
+from attnres_compile.kernels import differentiable
+from attnres_compile.passes.base import Program, describe
+from attnres_compile.passes.regions import GradientRegions
 from attnres_compile.patterns.operations import value_of
 
 log = logging.getLogger(__name__)
@@ -84,19 +83,11 @@ def _lowered(node: Node) -> int:
 
 def _choose(node: Node) -> str:
     tensors = list(node.args[0]) if isinstance(node.args[0], (list, tuple)) else [node.args[0], node.args[2]]
-    values = [value_of(tensor) for tensor in tensors]
-    if len({value.dtype for value in values}) > 1:
-        return NAIVE
-    reason = fused.available(values[0].device, values[0].dtype)
-    if reason:
-        log.debug("%s is computed in plain torch: %s", node.name, reason)
-    return NAIVE if reason else FUSED
+    return differentiable.kernels_for([value_of(tensor) for tensor in tensors])
 
 
 def _item(node: Node, position: int, name: str, value: Any) -> Node:
     """Element ``position`` of what ``node`` returns, taken right behind it."""
     with node.graph.inserting_after(node):
         item = node.graph.create_node("call_function", operator.getitem, (node, position), name=name)
-    item.meta = {key: node.meta[key] for key in ("stack_trace", "nn_module_stack", *TAGS) if key in node.meta}
-    item.meta |= {MADE_BY: Lower.name, "example_value": value}
-    return item
+    return describe(item, node, Lower.name, value)

@@ -10,6 +10,14 @@ TAGS = ("recompute", "ac_graph_id")
 """What marks the nodes of a checkpoint region in torch."""
 
 
+def recompute_with(node: Node, reader: Node | None) -> None:
+    """Make ``node`` part of the checkpoint region of ``reader``, or of none."""
+    for tag in TAGS:
+        node.meta.pop(tag, None)
+        if reader is not None and tag in reader.meta:
+            node.meta[tag] = reader.meta[tag]
+
+
 class GradientRegions:
     """Numbers the stretches of a graph between two switches of the gradient mode."""
 

@@ -12,10 +12,10 @@ from torch.fx import Graph, Node, map_arg
 
 from attnres_compile.chain import Read, ResidualAdd, ResidualChain
 from attnres_compile.config import AttnResConfig
-from attnres_compile.passes.base import MADE_BY, Program, SiteNodes
+from attnres_compile.passes.base import MADE_BY, Program, SiteNodes, describe
 from attnres_compile.passes.graph_index import GraphIndex
 from attnres_compile.passes.normalize import IN_PLACE_SPELLING, restore_in_place
-from attnres_compile.passes.regions import TAGS
+from attnres_compile.passes.regions import recompute_with
 from attnres_compile.patterns.operations import (
     dtype_of,
     is_call,
@@ -181,10 +181,7 @@ class _ChainRewriter:
             torch.ops.attnres.site.default, (sources, query, key_norm, eps, scale), reader, query.name.removesuffix("_query"),
             _mixture_of(sources),
         )  # fmt: skip
-        for tag in TAGS:  # a site is recomputed with the checkpoint region that reads it
-            call.meta.pop(tag, None)
-            if tag in reader.meta:
-                call.meta[tag] = reader.meta[tag]
+        recompute_with(call, reader)
         self._repoint(read.stream, call, set(read.edges))
         return SiteNodes(call, query, key_norm, read.stream)
 
@@ -233,12 +230,7 @@ class _ChainRewriter:
         value: torch.Tensor | None = None,
     ) -> Node:
         node = self._insert(lambda: self.graph.create_node("call_function", function, arguments, name=name))
-        for key in ("stack_trace", "nn_module_stack", *TAGS):
-            if key in origin.meta:
-                node.meta[key] = origin.meta[key]
-        node.meta[MADE_BY] = Rewrite.name
-        node.meta["example_value"] = _evaluate(node) if value is None else value
-        return node
+        return describe(node, origin, Rewrite.name, _evaluate(node) if value is None else value)
 
     def _insert(self, make: Callable[[], Node]) -> Node:
         """Right behind the stream node, hence in its autocast and gradient-mode region, after what was put there before."""

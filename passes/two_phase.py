@@ -16,8 +16,8 @@ from itertools import groupby
 import torch
 from torch.fx import Graph, Node
 
-from attnres_compile.passes.base import MADE_BY, Program, SiteNodes
-from attnres_compile.passes.regions import TAGS, GradientRegions
+from attnres_compile.passes.base import MADE_BY, Program, SiteNodes, describe
+from attnres_compile.passes.regions import TAGS, GradientRegions, recompute_with
 from attnres_compile.passes.rewrite import Rewrite
 from attnres_compile.patterns.operations import dtype_of, same_shape, value_of
 from attnres_compile.patterns.residual import match_sum
@@ -193,13 +193,8 @@ class _Block:
 
     def _call(self, function: object, arguments: tuple[object, ...], origin: Node, name: str, value: object) -> Node:
         node = self.graph.create_node("call_function", function, arguments, name=name)  # type: ignore[arg-type]
-        for key in ("stack_trace", "nn_module_stack", *TAGS):
-            if key in origin.meta:
-                node.meta[key] = origin.meta[key]
-        node.meta[MADE_BY] = TwoPhase.name
-        node.meta["example_value"] = value
         self.regions.adopt(node, origin)
-        return node
+        return describe(node, origin, TwoPhase.name, value)
 
 
 def _per_token(value: torch.Tensor) -> torch.Tensor:
@@ -213,8 +208,5 @@ def _recompute_with_the_last_reader(inter: Node, sites: list[_Site]) -> None:
     backward pass needs it; as part of an earlier one the partitioner would keep its outputs for the later ones.
     """
     regions = [site.call.meta.get("ac_graph_id") for site in sites]
-    for tag in TAGS:
-        inter.meta.pop(tag, None)
-    if all(region is not None for region in regions):
-        last = max(sites, key=lambda site: site.call.meta["ac_graph_id"]).call
-        inter.meta.update({tag: last.meta[tag] for tag in TAGS if tag in last.meta})
+    inside = all(region is not None for region in regions)
+    recompute_with(inter, max(sites, key=lambda site: site.call.meta["ac_graph_id"]).call if inside else None)

@@ -107,7 +107,7 @@ def test_inter(n: int, queries: int, batch: tuple[int, ...], width: int, keyed: 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("affine", [(True, True), (True, False), (False, False)], ids=["affine", "weight", "plain"])
-@pytest.mark.parametrize("norm", naive_merge.NORMS, ids=["no-norm", "rms", "layer"])
+@pytest.mark.parametrize("norm", naive_merge.STATISTICS, ids=["no-norm", "rms", "layer"])
 @pytest.mark.parametrize(
     ("batch", "width", "branched", "scale"),
     [
