@@ -16,6 +16,7 @@ from attnres_compile import capture
 from attnres_compile.config import AttnResConfig
 from attnres_compile.convert import device_and_dtype, explain_no_chain, report_of
 from attnres_compile.errors import AttnResError, ChainCutError, ConfigError, NoResidualChainError, ParameterMismatchError
+from attnres_compile.layout import layout_of
 from attnres_compile.parameters import (
     ATTRIBUTE,
     AttnResParameters,
@@ -151,7 +152,7 @@ def _attach_late(host: nn.Module, report: Report, program: Program) -> AttnResPa
             f"{type(host).__name__} was wrapped for distributed training before it had AttnRes parameters, which would then not "
             "be synchronised between ranks; call attnres_compile.convert_(model, ...) before wrapping it."
         )
-    parameters = attach(host, report, *device_and_dtype(host, program))
+    parameters = attach(host, program.config, layout_of(report), *device_and_dtype(host, program))
     log.warning(
         "%s was not converted yet: its %d sites got their parameters on this first call, as model.attnres. To have them before "
         "the optimizer is built, call attnres_compile.convert_(model, ...) first.",

@@ -312,7 +312,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], run
     compiled = torch.compile(_fresh_function(model), backend=backend, fullgraph=True, dynamic=False)
     result = None
     try:
-        with _capturing(tree_flatten((args, kwargs))[0]):
+        with _capturing(tree_flatten((args, kwargs))[0]), _uncompiled(model):
             result = compiled(*args, **kwargs)
     except torch._dynamo.exc.Unsupported as error:
         raise ChainCutError(_explain_break(type(model).__name__, error)) from None
@@ -355,6 +355,19 @@ def _capturing(leaves: Iterable[Any]) -> Iterator[None]:
     finally:
         for leaf, mark, value in marks:
             setattr(leaf, mark, value)
+
+
+@contextlib.contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """Set aside what ``module.compile()`` left on the model: Dynamo would name modules after the detour through it."""
+    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl is not None}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 def _innermost(error: Exception) -> str:

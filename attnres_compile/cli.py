@@ -9,7 +9,7 @@ import json
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -17,9 +17,7 @@ from rich.console import Console
 import attnres_compile
 from attnres_compile import env as environment
 from attnres_compile.errors import AttnResError
-
-if TYPE_CHECKING:
-    from torch import nn
+from attnres_compile.structure import build_on_meta
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +63,8 @@ def env(as_json: AsJson = False) -> None:
 @app.command()
 def detect(src: Source, as_json: AsJson = False, trust_remote_code: TrustRemoteCode = False) -> None:
     """Show the residual chains that can be rewritten, and why others can't. No weights are needed."""
-    model = _build_on_meta(src, trust_remote_code)
     try:
+        model = build_on_meta(src, trust_remote_code)
         with warnings.catch_warnings(action="ignore"):  # torch's advice is for those who run the model
             report = attnres_compile.detect(model)
     except AttnResError as error:
@@ -91,58 +89,3 @@ def _fail(message: str, cause: Exception | None = None) -> NoReturn:
     logger.debug("bad input", exc_info=cause)
     typer.echo(f"attnres: error: {' '.join(message.split())}", err=True)
     raise typer.Exit(BAD_INPUT)
-
-
-def _read_config(src: Path) -> tuple[Path, dict[str, Any]]:
-    """The config.json that ``src`` names and its content, checked as far as that goes without Transformers."""
-    if not src.exists():
-        _fail(f"{src}: no such file or directory")
-    path = src / "config.json" if src.is_dir() else src
-    if not path.is_file():
-        _fail(f"{src}: has no config.json, so it is no Transformers model directory")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        _fail(f"{path}: not JSON: {error}", error)
-    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
-        _fail(f"{path}: has no model_type, so it is no Transformers configuration")
-    return path, content
-
-
-def _build_on_meta(src: Path, trust_remote_code: bool) -> nn.Module:
-    """The model that ``src`` describes, on the meta device: its structure without its memory."""
-    path, content = _read_config(src)
-    try:
-        import transformers
-    except ImportError as error:
-        _fail(f'Transformers can\'t be imported ({error}); install it with: pip install "attnres-compile[transformers]"', error)
-    import torch
-
-    if content["model_type"] not in transformers.CONFIG_MAPPING and not (trust_remote_code and "auto_map" in content):
-        way_out = "; it ships its own code, which --trust-remote-code would run" if "auto_map" in content else ""
-        _fail(f"{path}: Transformers {transformers.__version__} knows no model_type {content['model_type']!r}{way_out}")
-    transformers.logging.set_verbosity_error()  # its advice is for those who run the model
-    # Whatever Transformers raises here is about a file that the user gave: a field of the wrong type, a value out of range,
-    # code that is not there. It documents no classes for these errors, so all are caught.
-    try:
-        name = path.parent if src.is_dir() else path
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        for part in (config, config.get_text_config()):
-            part.use_cache = False  # an empty key-value cache on the meta device can't be captured, and holds no residuals
-        with torch.device("meta"):
-            model: nn.Module = _instantiate(transformers, config, trust_remote_code)
-    except Exception as error:
-        _fail(f"{path}: Transformers can't build this model: {type(error).__name__}: {error}", error)
-    return model.eval().to("meta")  # some parameters are made by constructors that ignore the device
-
-
-def _instantiate(transformers: Any, config: Any, trust_remote_code: bool) -> Any:
-    """The class that ``architectures`` names where Transformers has it, else the class that ``model_type`` maps to."""
-    named = getattr(transformers, (config.architectures or [""])[0], None)
-    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-        return named(config)
-    remote = getattr(config, "auto_map", None) or {}
-    causal = "AutoModelForCausalLM" in remote if remote else type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    causal = causal and not config.is_encoder_decoder  # of which it would be the decoder alone
-    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    return auto.from_config(config, trust_remote_code=trust_remote_code)

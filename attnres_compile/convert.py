@@ -17,7 +17,8 @@ from attnres_compile.config import AttnResConfig
 from attnres_compile.dummies import dummy_inputs
 from attnres_compile.errors import ConfigError, ModelTypeError, NoResidualChainError
 from attnres_compile.exported import captured_from
-from attnres_compile.parameters import ATTRIBUTE, AttnResParameters, attach, hosts_in, layout_of
+from attnres_compile.layout import layout_of
+from attnres_compile.parameters import ATTRIBUTE, AttnResParameters, attach, hosts_in
 from attnres_compile.passes.base import Program, run_passes
 from attnres_compile.passes.pipeline import DETECTION, PHASING, PLANNING, REWRITING
 from attnres_compile.report import Report, describe_chains
@@ -76,7 +77,8 @@ def convert_(
     # The graph is thrown away: what can be rewritten, and how, is known before the first step.
     program = run_passes(plan(capture(model, args, kwargs), config, type(model).__name__), REWRITING + PHASING)
     report = report_of(program)
-    attach(model, report, *device_and_dtype(model, program))
+    assert report.config is not None
+    attach(model, report.config, layout_of(report), *device_and_dtype(model, program))
     return report
 
 

@@ -23,6 +23,10 @@ class ParameterMismatchError(AttnResError, ValueError):
     """The graph and the attached AttnRes parameters do not describe the same chain."""
 
 
+class CheckpointError(AttnResError, ValueError):
+    """A checkpoint that can't be read or written, is damaged, or lacks what its configuration speaks of."""
+
+
 class CaptureError(AttnResError, ValueError):
     """The model can't be captured, or a captured graph is called with arguments that it was not captured for."""
 

@@ -13,25 +13,10 @@ from torch import Tensor, nn
 from attnres_compile.capture import dynamo_is_active, never_compile_alone
 from attnres_compile.config import AttnResConfig
 from attnres_compile.errors import ConfigError, NotRewrittenError, ParameterMismatchError
+from attnres_compile.layout import CONFIG_KEY, SiteLayout, StoredConversion, difference, layout_of
 from attnres_compile.report import Report
 
 ATTRIBUTE = "attnres"
-
-
-@dataclasses.dataclass(frozen=True)
-class SiteLayout:
-    """What identifies a site: its reader, its width, the number of its sources."""
-
-    module: str
-    hidden_size: int
-    num_sources: int
-
-
-def layout_of(report: Report) -> tuple[SiteLayout, ...]:
-    """The layout of all sites of a planned report, in stream order."""
-    return tuple(
-        SiteLayout(site.module, site.hidden_size, site.num_sources or 0) for chain in report.chains for site in chain.sites
-    )
 
 
 class AttnResSite(nn.Module):
@@ -86,6 +71,48 @@ class AttnResParameters(nn.Module):
                 found.append(tensor)
         return found
 
+    def stored(self) -> StoredConversion:
+        """What a checkpoint that holds these parameters must say of them."""
+        return StoredConversion(self.config, self.layout)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None:
+            metadata.setdefault(prefix[:-1], {})[CONFIG_KEY] = self.stored().to_dict()
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Tensors fit in shape where blocks differ, so the options travel in the state dict's metadata.
+
+        Raises:
+            ParameterMismatchError: if the state dict was saved with other options or sites.
+        """
+        if local_metadata.get(CONFIG_KEY) is not None:
+            self.check_stored(StoredConversion.from_dict(local_metadata[CONFIG_KEY], "state dict"))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def check_stored(self, stored: StoredConversion) -> None:
+        """Hold these parameters against what a checkpoint says of its own.
+
+        Raises:
+            ParameterMismatchError: naming the option or the first site that differs.
+        """
+        for name in ("scale", "key_norm", "eps"):
+            mine, its = getattr(self.config, name), getattr(stored.config, name)
+            if mine != its:
+                raise ParameterMismatchError(
+                    f"the checkpoint was converted with {name}={its!r}, this model with {name}={mine!r}; convert the model with "
+                    "the checkpoint's options."
+                )
+        if stored.layout != self.layout:
+            raise ParameterMismatchError(
+                f"the checkpoint was converted with {len(stored.layout)} sites, this model has {len(self.layout)}. "
+                f"{difference(stored.layout, self.layout)} Convert the model with the checkpoint's options: {stored.config}."
+            )
+
     def check(self, report: Report) -> None:
         """Hold the sites of a captured graph against these parameters.
 
@@ -99,42 +126,64 @@ class AttnResParameters(nn.Module):
             )
         if expected == found:
             return
-        what = f"The model was converted with {len(expected)} sites; this graph has {len(found)}."
-        for i, (old, new) in enumerate(zip(expected, found, strict=False)):
-            if old != new:
-                what += (
-                    f" The first that differs is site {i}: {old.module!r} with {old.num_sources} sources of width "
-                    f"{old.hidden_size} then, {new.module!r} with {new.num_sources} sources of width {new.hidden_size} now."
-                )
-                break
-        else:
-            if len(found) < len(expected):
-                what += f" The first missing is the read by {expected[len(found)].module!r}."
-            else:
-                what += f" The first extra one is the read by {found[len(expected)].module!r}."
+        what = f"The model was converted with {len(expected)} sites; this graph has {len(found)}. {difference(expected, found)}"
         raise ParameterMismatchError(
             f"{what} The model's structure or the path that it took through its code has changed; convert it anew, or call it "
             "the way it was converted."
         )
 
 
-def attach(model: nn.Module, report: Report, device: torch.device | None, dtype: torch.dtype | None) -> AttnResParameters:
-    """Create ``model.attnres`` for a planned report, and the hooks that refuse to run the model un-rewritten.
+def attach(
+    model: nn.Module,
+    config: AttnResConfig,
+    layout: tuple[SiteLayout, ...],
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+) -> AttnResParameters:
+    """Create ``model.attnres``, and the hooks that refuse to run the model un-rewritten.
+
+    A Transformers model says in the config.json that it saves what was converted.
 
     Raises:
-        ConfigError: if the model has an attribute of that name already.
+        ConfigError: if the model has an attribute of that name already, or was loaded from a converted checkpoint without
+            the AttnRes tensors.
     """
     if hasattr(model, ATTRIBUTE):
         raise ConfigError(
             f"{type(model).__name__} already has an attribute {ATTRIBUTE!r}: it was converted before, or holds "
             "AttnRes of its own."
         )
-    assert report.config is not None
-    parameters = AttnResParameters(report.config, layout_of(report), device, dtype)
+    if getattr(getattr(model, "config", None), CONFIG_KEY, None) is not None:
+        raise ConfigError(
+            f"{type(model).__name__} comes from a converted checkpoint, but was loaded without its AttnRes tensors, which "
+            f"converting it again would replace by new ones. Load it with attnres_compile.from_pretrained(path), or delete "
+            f"model.config.{CONFIG_KEY} to start from zero queries."
+        )
+    parameters = AttnResParameters(config, layout, device, dtype)
     setattr(model, ATTRIBUTE, parameters)
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
     model.register_forward_hook(_after_forward)
+    if hasattr(type(model), "save_pretrained") and hasattr(type(model), "config_class"):
+        model.save_pretrained = _SavePretrained(model)  # type: ignore[assignment]
     return parameters
+
+
+class _SavePretrained:
+    """``save_pretrained`` of a converted Transformers model: its own, with an entry about AttnRes in config.json.
+
+    The entry is in ``model.config`` only meanwhile: several models may share that object.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.model
+        setattr(model.config, CONFIG_KEY, parameters_of(model).stored().to_dict())
+        try:
+            return type(model).save_pretrained(model, *args, **kwargs)
+        finally:
+            delattr(model.config, CONFIG_KEY)
 
 
 def hosts_in(model: nn.Module) -> list[nn.Module]:

@@ -41,10 +41,11 @@ def plan_chain(num_sublayers: int, sites: Sequence[int], config: AttnResConfig) 
     """
     size = config.resolved_block_size(num_sublayers)
     blocks = tuple((start, min(start + size, num_sublayers)) for start in range(0, num_sublayers, size))
-    return AttnResPlan(size, blocks, tuple(_plan_site(before, size, num_sublayers) for before in sites))
+    return AttnResPlan(size, blocks, tuple(plan_site(before, size, num_sublayers) for before in sites))
 
 
-def _plan_site(before: int, size: int, num_sublayers: int) -> SitePlan:
+def plan_site(before: int, size: int, num_sublayers: int) -> SitePlan:
+    """The sources of a site that reads the stream after ``before`` sublayers, with blocks of ``size`` sublayers."""
     # The last block may be shorter; once its last sublayer is done it is complete all the same.
     complete = before // size if before < num_sublayers else -(-num_sublayers // size)
     return SitePlan(before, complete, max(0, before - complete * size))

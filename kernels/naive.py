@@ -46,6 +46,19 @@ def weight_of(query: Tensor, key_norm: Tensor | None, compute: torch.dtype) -> T
     return query.to(compute) if key_norm is None else query.to(compute) * key_norm.to(compute)
 
 
+def depth_weights(values: Sequence[Tensor], weight: Tensor, eps: float) -> Tensor:
+    """The weights alpha that a token gives to its n sources: ``[n, ...]``, adding up to one.
+
+    Args:
+        values: the sources, ``[..., D]`` each, in the dtype of the arithmetic.
+        weight: ``[D]``, see :func:`weight_of`.
+        eps: added to the mean square of a key.
+    """
+    # Products and sums, no matmul: autocast must not round the scores to 16 bits.
+    scores = [(v * weight).sum(-1) * torch.rsqrt(v.square().mean(-1) + eps) for v in values]
+    return torch.softmax(torch.stack(scores), 0)
+
+
 def site(sources: Sequence[Tensor], query: Tensor, key_norm: Tensor | None, eps: float, scale: float) -> Tensor:
     """Softmax attention over depth: ``h = scale * sum_i alpha_i v_i`` (section "Full AttnRes").
 
@@ -63,9 +76,7 @@ def site(sources: Sequence[Tensor], query: Tensor, key_norm: Tensor | None, eps:
     compute = compute_dtype(storage)
     weight = weight_of(query, key_norm, compute)
     values = [source.to(compute) for source in sources]
-    # Products and sums, no matmul: autocast must not round the scores to 16 bits.
-    scores = [(v * weight).sum(-1) * torch.rsqrt(v.square().mean(-1) + eps) for v in values]
-    alpha = torch.softmax(torch.stack(scores), 0) * scale
+    alpha = depth_weights(values, weight, eps) * scale
     mixed = alpha[0].unsqueeze(-1) * values[0]
     for i in range(1, len(values)):
         mixed = mixed + alpha[i].unsqueeze(-1) * values[i]
