@@ -6,6 +6,7 @@ from pathlib import Path
 if not Path(__file__).with_name("passes").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
+from attnres_compile.checkpoint.loading import from_pretrained
 from attnres_compile.compare import compare
 from attnres_compile.config import AttnResConfig
 from attnres_compile.convert import convert_, detect, rewrite
@@ -43,5 +44,6 @@ __all__ = [
     "compare",
     "convert_",
     "detect",
+    "from_pretrained",
     "rewrite",
 ]

@@ -290,6 +290,8 @@ class _CapturingBackend:
         assert self.graph_module is not None
         plain = copy_graph(self.graph_module)
         remove_markers(plain.graph)
+        for switch in plain.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
+            plain.graph.erase_node(switch)  # models turn gradients on again behind code that they turn them off for
         plain.recompile()
         self.inputs = inputs
         with torch.no_grad():
@@ -328,7 +330,9 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], run
     if backend.graph_module is None:
         raise CaptureError(f"{type(model).__name__} computes nothing on tensors: there is no graph to capture.")
     graph_module = backend.graph_module
-    return Captured(graph_module, parameter_placeholders(graph_module), backend.inputs, backend.outputs, result)
+    captured = Captured(graph_module, parameter_placeholders(graph_module), backend.inputs, backend.outputs, result)
+    backend.graph_module, backend.inputs, backend.outputs = None, (), ()  # Dynamo keeps backends, and with them all weights
+    return captured
 
 
 def _fresh_function(model: nn.Module) -> Callable[..., Any]:

@@ -70,16 +70,27 @@ def convert_(
         ConfigError: if the model was converted before, or if the config does not fit its chains.
     """
     model, args, kwargs = checked_call(model, args, kwargs)
+    program = _dry_run(model, config, args, kwargs)
+    report = report_of(program)
+    attach(model, program.config, layout_of(report), *device_and_dtype(model, program))
+    return report
+
+
+def planned(
+    model: nn.Module, config: AttnResConfig | None = None, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+) -> Report:
+    """What :func:`convert_` would report, without changing ``model``; works on the meta device. Raises what it raises."""
+    model, args, kwargs = checked_call(model, args, kwargs)
+    return report_of(_dry_run(model, config, args, kwargs))
+
+
+def _dry_run(model: nn.Module, config: AttnResConfig | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    """Rewrite a graph that is then thrown away: what can be rewritten, and how, is known before the first step."""
     config = _checked_config(config)
     _refuse_rewritten(model)
     if hosts_in(model):
         raise ConfigError(f"{type(model).__name__} was converted before; converting twice would rewrite the rewritten.")
-    # The graph is thrown away: what can be rewritten, and how, is known before the first step.
-    program = run_passes(plan(capture(model, args, kwargs), config, type(model).__name__), REWRITING + PHASING)
-    report = report_of(program)
-    assert report.config is not None
-    attach(model, report.config, layout_of(report), *device_and_dtype(model, program))
-    return report
+    return run_passes(plan(capture(model, args, kwargs), config, type(model).__name__), REWRITING + PHASING)
 
 
 def rewrite(

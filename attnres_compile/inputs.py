@@ -12,6 +12,25 @@ from attnres_compile.dummies import dummy_inputs
 from attnres_compile.errors import CheckpointError
 
 
+def checkpoint_inputs(folder: Path, model: nn.Module, text: Path | None, tokens: int, seed: int) -> dict[str, Any]:
+    """Arguments for the model of a Transformers directory: random ones from ``seed``, its text from a file if one is given.
+
+    Args:
+        tokens: how many, or as many as the model has positions for.
+
+    Raises:
+        CheckpointError: if there is a text and the model takes none, or if it gives no tokens.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
+    tokens = min(tokens, positions) if isinstance(positions, int) and positions > 0 else tokens
+    inputs = random_inputs(model, tokens, seed)
+    if text is not None:
+        if "input_ids" not in inputs:
+            raise CheckpointError(f"{folder}: {type(model).__name__} takes no text; leave it out for random inputs")
+        inputs |= text_inputs(folder, text, tokens)
+    return inputs
+
+
 def text_inputs(folder: Path, text: Path, tokens: int) -> dict[str, Tensor]:
     """The first ``tokens`` tokens of a UTF-8 file: ``input_ids``, ``[1, tokens]`` or fewer, int64.
 

@@ -102,6 +102,15 @@ class Report:
         chains = [refusal for refusal in self.refusals if refusal.subject == "chain"]
         return tuple(sorted(chains or self.refusals, key=lambda refusal: -refusal.size)[:limit])
 
+    def summary(self) -> str:
+        """One line for each chain."""
+        return "\n".join(
+            f"chain {i}: {chain.kind}, {chain.num_sublayers} sublayers of width {chain.hidden_size}"
+            + (f" in blocks {_describe_blocks(chain.block_sizes)}" if chain.block_sizes else "")
+            + f", {chain.num_sites} sites from {chain.sites[0].module} to {chain.sites[-1].module}"
+            for i, chain in enumerate(self.chains)
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only."""
         return {

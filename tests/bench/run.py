@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import block
 import compile_time
+import convert_large
 import growth
 import kernel_time
 import step_time
@@ -26,6 +27,7 @@ BENCHMARKS: dict[str, Callable[[], Table]] = {
     "decode": step_time.run_decode,
     "compile-time": compile_time.run,
     "growth": growth.run,
+    "convert": convert_large.run,
 }
 ON_GPU: dict[str, Callable[[], Table]] = {"kernels": kernel_time.run}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnres_compile.checkpoint.files import in_one_line, problem, quoted
 from attnres_compile.errors import CheckpointError
+
+_SHARED_LAYERS = 1000  # so many may use the same tensors
 
 
 def read_config(source: Path) -> tuple[Path, dict[str, Any]]:
@@ -28,7 +32,7 @@ def read_config(source: Path) -> tuple[Path, dict[str, Any]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
+        raise problem(path, f"not JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
         raise CheckpointError(f"{path}: has no model_type, so it is no Transformers configuration")
     return path, content
@@ -45,7 +49,7 @@ def transformers_config(source: Path, trust_remote_code: bool) -> Any:
     if content["model_type"] not in transformers.CONFIG_MAPPING and not (trust_remote_code and "auto_map" in content):
         way_out = "; it ships its own code, which --trust-remote-code would run" if "auto_map" in content else ""
         version = transformers.__version__
-        raise CheckpointError(f"{path}: Transformers {version} knows no model_type {content['model_type']!r}{way_out}")
+        raise problem(path, f"Transformers {version} knows no model_type {quoted(content['model_type'])}{way_out}")
     # Whatever Transformers raises here is about a file that the user gave: a field of the wrong type, a value out of range,
     # code that is not there. It documents no classes for these errors, so all are caught.
     try:
@@ -53,23 +57,41 @@ def transformers_config(source: Path, trust_remote_code: bool) -> Any:
             name = path.parent if source.is_dir() else path
             return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise CheckpointError(f"{path}: Transformers can't read it: {type(error).__name__}: {error}") from error
+        raise problem(path, f"Transformers can't read it: {in_one_line(error)}") from error
 
 
-def build_on_meta(source: Path, trust_remote_code: bool = False) -> nn.Module:
-    """The model that a Transformers directory describes, on the meta device, in evaluation mode.
+def check_depth(config: Any, num_tensors: int, source: Path) -> None:
+    """Hold the number of layers against that of the tensors: building a model of a billion layers would take forever.
 
     Raises:
-        CheckpointError: if Transformers can't build it.
+        CheckpointError: if there can't be so many.
+    """
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > max(num_tensors, _SHARED_LAYERS):
+        raise problem(
+            source, f"its config.json speaks of {layers:,} layers, its weights are {num_tensors:,} tensors; one is damaged"
+        )
+
+
+def build_on_meta(source: Path, trust_remote_code: bool = False, num_tensors: int | None = None) -> nn.Module:
+    """The model that a Transformers directory describes, on the meta device, in evaluation mode.
+
+    Args:
+        num_tensors: how many its weights are, where they are known.
+
+    Raises:
+        CheckpointError: if Transformers can't build it, or if it has more layers than tensors.
     """
     config = transformers_config(source, trust_remote_code)
+    if num_tensors is not None:
+        check_depth(config, num_tensors, source)
     for part in (config, config.get_text_config()):
         part.use_cache = False  # an empty key-value cache on the meta device can't be captured, and holds no residuals
     try:
         with quietly(), torch.device("meta"):
             model: nn.Module = _instantiate(config, trust_remote_code)
     except Exception as error:
-        raise CheckpointError(f"{source}: Transformers can't build this model: {type(error).__name__}: {error}") from error
+        raise problem(source, f"Transformers can't build this model: {in_one_line(error)}") from error
     return model.eval().to("meta")  # some parameters are made by constructors that ignore the device
 
 
@@ -87,14 +109,18 @@ def model_class(config: Any) -> Any:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Silence advice of Transformers, which is for those who run the model that is being built."""
+    """Silence advice of Transformers, which is for those who run the model that is being built, and bars that nobody sees."""
     logging = _transformers().logging
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _instantiate(config: Any, trust_remote_code: bool) -> Any:

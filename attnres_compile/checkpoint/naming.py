@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from attnres_compile.config import AttnResConfig
-from attnres_compile.errors import ConfigError
+from attnres_compile.errors import CheckpointError, ConfigError
 from attnres_compile.layout import OWN_NAMING, SiteLayout
 
 _LAYER = re.compile(r"^(?P<layers>.+?)\.(?P<layer>\d+)\..+$")
@@ -22,6 +22,7 @@ class _Foreign:
     ``block_key`` is the configuration entry that holds the block size, counted in units of ``unit`` sublayers.
     """
 
+    home: str
     attention: str
     mlp: str
     output: str
@@ -30,8 +31,8 @@ class _Foreign:
 
 
 FOREIGN = {
-    "kimi-k3": _Foreign("self_attention_res", "mlp_res", "output_attn_res", "attn_res_block_size", 2),
-    "fla": _Foreign("attn_res", "mlp_res", "res", "attnres_block_size", 1),
+    "kimi-k3": _Foreign("Kimi K3's code", "self_attention_res", "mlp_res", "output_attn_res", "attn_res_block_size", 2),
+    "fla": _Foreign("flash-linear-attention", "attn_res", "mlp_res", "res", "attnres_block_size", 1),
 }
 NAMINGS = (OWN_NAMING, *FOREIGN)
 
@@ -43,6 +44,23 @@ class SiteNames:
     query: str
     key_norm: str | None
     column: bool = False
+
+
+def names_in(site: SiteNames) -> list[str]:
+    """The names of a site's tensors: the query's, and the key norm's if it has one."""
+    return [site.query] if site.key_norm is None else [site.query, site.key_norm]
+
+
+def host_in(names: Iterable[str]) -> str:
+    """Of a checkpoint's tensors, what stands before our own names: "" or a qualified name and a dot.
+
+    Raises:
+        CheckpointError: if several modules were converted.
+    """
+    hosts = {match["host"] for name in names if (match := OWN_TENSOR.match(name))}
+    if len(hosts) > 1:
+        raise CheckpointError(f"the checkpoint holds the AttnRes tensors of several modules: {', '.join(sorted(hosts))}.")
+    return next(iter(hosts), "")
 
 
 def site_names(layout: Sequence[SiteLayout], config: AttnResConfig, naming: str, host: str = "") -> list[SiteNames]:

@@ -1,0 +1,1 @@
+"""What a model reads over depth: measured on its captured graph, in tables and pictures."""
