@@ -15,12 +15,14 @@ from attnres_compile.capture import capture
 from attnres_compile.chain import ResidualChain
 from attnres_compile.config import AttnResConfig
 from attnres_compile.convert import checked_call, plan, report_of
+from attnres_compile.errors import ConfigError
 from attnres_compile.kernels import naive
-from attnres_compile.parameters import ATTRIBUTE, AttnResParameters
+from attnres_compile.parameters import ATTRIBUTE, AttnResParameters, hosts_in
 from attnres_compile.passes.base import Program, run_passes
 from attnres_compile.passes.pipeline import REWRITING
-from attnres_compile.patterns.operations import module_of
+from attnres_compile.patterns.operations import module_of, value_of
 from attnres_compile.report import Report
+from attnres_compile.rewritten import RewrittenModule
 
 
 class Observer:
@@ -77,26 +79,30 @@ def observe(
     then serves to plan the report alone.
 
     Raises:
+        ConfigError: if a part of the model was converted, or if the model was rewritten ahead of time.
         NoResidualChainError: if the model has no chain that can be rewritten.
         CaptureError, ChainCutError: if the model can't be captured.
         ParameterMismatchError: if a converted model's sites are not those of its graph.
     """
     model, args, kwargs = checked_call(model, args, kwargs)
-    parameters = model._modules.get(ATTRIBUTE)
+    found = model._modules.get(ATTRIBUTE)
+    parameters = found if isinstance(found, AttnResParameters) else None
+    if any(isinstance(module, RewrittenModule) for module in model.modules()):
+        raise ConfigError(f"{type(model).__name__} was rewritten ahead of time; observe the model that it was made from.")
+    if parameters is None and (hosts := hosts_in(model)):
+        raise ConfigError(f"a part of the model, {type(hosts[0]).__name__}, was converted before; observe that part.")
     captured = capture(model, args, kwargs, run=True)
     inputs = list(captured.inputs)
-    if isinstance(parameters, AttnResParameters):
-        program = plan(captured, parameters.config, type(model).__name__)
+    program = plan(captured, parameters.config if parameters is not None else config or AttnResConfig(), type(model).__name__)
+    modules = tuple(_modules_of(chain, program.parameters) for chain in program.chains)  # of the graph as the model wrote it
+    if parameters is not None:
         parameters.check(report_of(program))
         program = run_passes(program, REWRITING)
         inputs += parameters.tensors()
         reads = [site.call for site in program.sites]
     else:
-        program = plan(captured, config or AttnResConfig(), type(model).__name__)
         reads = [read.stream for chain in program.chains for read, _ in chain.sites]
-    modules = tuple(_modules_of(chain, program.parameters) for chain in program.chains)
-    with torch.no_grad():
-        outputs = _Runner(program, reads, observer).run(*inputs)
+    outputs = _Runner(program, reads, observer).run(*inputs)
     names = tuple(node.name for node in reads)
     return Observed(report_of(program), program.graph_module, tuple(outputs), names, bool(program.sites), modules)
 
@@ -109,18 +115,25 @@ def _modules_of(chain: ResidualChain, parameters: frozenset[str]) -> Modules:
 
 
 def _makers(branches: list[Node], stream: set[Node], parameters: frozenset[str]) -> tuple[str, ...]:
-    """Modules of the first nodes with weights on every way back from ``branches``, which ends at the stream."""
-    waiting, seen, found = deque(branches), set(stream), dict[str, None]()
+    """Modules of the first nodes with weight matrices on every way back from ``branches``, which ends at the stream.
+
+    Vectors (scales, biases, norms) count only where there is no matrix: they say little about what kind of module it is.
+    """
+    waiting, seen = deque(branches), set(stream)
+    matrices, vectors = dict[str, None](), dict[str, None]()
     while waiting:
         node = waiting.popleft()
         if node in seen:
             continue
         seen.add(node)
-        if any(source.name in parameters for source in node.all_input_nodes):
-            found[module_of(node)] = None
-        else:
-            waiting.extend(node.all_input_nodes)
-    return tuple(found)
+        weights = [source for source in node.all_input_nodes if source.name in parameters]
+        if any(value_of(weight).dim() > 1 for weight in weights):
+            matrices[module_of(node)] = None
+            continue
+        if weights:
+            vectors[module_of(node)] = None
+        waiting.extend(node.all_input_nodes)
+    return tuple(matrices or vectors)
 
 
 class _Runner(Interpreter):
@@ -129,6 +142,7 @@ class _Runner(Interpreter):
     def __init__(self, program: Program, reads: list[Node], observer: Observer) -> None:
         super().__init__(program.graph_module)
         self.observer = observer
+        self.width = [chain.hidden_size for chain in program.chains]
         self.roots: dict[Node, list[int]] = {}
         self.terms: dict[Node, list[tuple[int, int, float]]] = {}  # branch -> (chain, sublayer, scale), once for every add
         self.left: dict[tuple[int, int], int] = {}
@@ -144,10 +158,11 @@ class _Runner(Interpreter):
         for site, node in enumerate(reads):
             self.reads.setdefault(node, []).append((chain_of_site[site], site))
 
+    @torch.no_grad()  # around every node by itself: a graph may hold calls that switch gradients on
     def run_node(self, node: Node) -> Any:
         value = super().run_node(node)
         for chain in self.roots.get(node, ()):
-            self.observer.source(chain, 0, value)
+            self.observer.source(chain, 0, _features_last(value, self.width[chain]))
         for chain, sublayer, scale in self.terms.get(node, ()):
             self._add(chain, sublayer, value if scale == 1.0 else scale * value)
         for chain, site in self.reads.get(node, ()):
@@ -164,4 +179,9 @@ class _Runner(Interpreter):
         self.sums[key] = self.sums[key] + term if key in self.sums else term
         self.left[key] -= 1
         if not self.left[key]:
-            self.observer.source(chain, sublayer, self.sums.pop(key))
+            self.observer.source(chain, sublayer, _features_last(self.sums.pop(key), self.width[chain]))
+
+
+def _features_last(value: Tensor, width: int) -> Tensor:
+    """A stream of images may hold its features in another dimension, the first that has their number."""
+    return value if value.shape[-1] == width or width not in value.shape else value.movedim(value.shape.index(width), -1)

@@ -25,7 +25,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 import typer
 from demo_data import VOCABULARY, Text, standard_library
-from demo_depth import Depth, depth_attention
 from demo_plots import draw
 from demo_training import AT_LEAST, Run, console, train, working
 from rich.table import Table
@@ -33,6 +32,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import attnres_compile as ac
+from attnres_compile.inspection.measure import inspect_model
+from attnres_compile.inspection.results import ChainInspection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +118,7 @@ def main(
         console.print(f"The machine has become slower: both stopped after {len(baseline.losses)} steps.")
 
     with working("reading the depth attention"):
-        rewritten = ac.rewrite(converted, config, args=(ids,), kwargs={"use_cache": False})
-        depth = depth_attention(rewritten, report, ids)
+        (depth,) = inspect_model(converted, kwargs={"input_ids": ids, "use_cache": False}).chains
     draw(runs, depth, out)
     tell_depth(depth)
     tell_results(runs)
@@ -173,11 +173,11 @@ def tell_logits(original: nn.Module, baseline: Run, attnres: Run, ids: Tensor) -
     console.print(table)
 
 
-def tell_depth(depth: Depth) -> None:
+def tell_depth(depth: ChainInspection) -> None:
     table = Table("reader", "reads most from", "equal shares", title="Depth attention on validation text")
-    for index, site in enumerate(depth.sites):
-        words, equal = depth.in_words(index)
-        table.add_row(site, words, f"{equal:.0%}")
+    for site in depth.sites:
+        heaviest = ", ".join(f"{source} {weight:.0%}" for source, weight in site.heaviest(2))
+        table.add_row(site.name, heaviest, f"{1 / len(site.sources):.0%}")
     console.print(table)
 
 

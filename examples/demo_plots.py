@@ -9,21 +9,25 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from demo_depth import Depth
 from demo_training import Run
 from matplotlib.axes import Axes
+
+from attnres_compile.inspection.plots import draw_depth_attention
+from attnres_compile.inspection.results import ChainInspection
+from attnres_compile.inspection.tick_labels import thin_out
 
 COLOURS = ("#555555", "#c2410c")
 SMOOTHING = 20
 
 
-def draw(runs: Sequence[Run], depth: Depth, path: Path) -> None:
+def draw(runs: Sequence[Run], depth: ChainInspection, path: Path) -> None:
     figure = plt.figure(figsize=(14, 6.5), layout="constrained")
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.1))[0]
     losses, difference = left.subplots(2, 1, height_ratios=(3, 1), sharex=True)
     _losses(losses, runs)
     _difference(difference, *runs)
-    _heat_map(right.subplots(), depth)
+    draw_depth_attention(right.subplots(), depth, relative=True)
+    thin_out(figure)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -55,26 +59,6 @@ def _smoothed(losses: list[float]) -> tuple[list[float], list[float]]:
     width = min(SMOOTHING, len(losses))
     means = [sum(losses[i : i + width]) / width for i in range(len(losses) - width + 1)]
     return [i + width / 2 for i in range(len(means))], means
-
-
-def _heat_map(axes: Axes, depth: Depth) -> None:
-    """Numbers are weights. Colours compare them with equal shares, which is what zero queries give."""
-    equal = 1 / (~depth.weights.isnan()).sum(1, keepdim=True)
-    relative = depth.weights / equal
-    span = min(1.0, (relative - 1).abs().nan_to_num(0).max().item())
-    image = axes.imshow(relative.numpy(), cmap="RdBu_r", vmin=1 - span, vmax=1 + span, aspect="auto")
-    for row, weights in enumerate(depth.weights.tolist()):
-        for column, weight in enumerate(weights):
-            if weight == weight:  # NaN: the site has no such source
-                colour = "white" if abs(relative[row, column] - 1) > 0.7 * span else "black"
-                axes.text(column, row, f"{weight:.0%}", ha="center", va="center", fontsize=8, color=colour)
-    axes.set_xticks(range(len(depth.sources)), depth.sources, rotation=30, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(depth.sites)), depth.sites)
-    axes.tick_params(length=0)
-    axes.set(title="What each sublayer reads: mean softmax weights over depth", facecolor="#e5e5e5")
-    axes.spines[:].set_visible(False)
-    clipped = relative.nan_to_num(0).max().item() > 1 + span
-    axes.figure.colorbar(image, ax=axes, shrink=0.6, extend="max" if clipped else "neither", label="relative to an equal share")
 
 
 def _tidy(axes: Axes) -> None:
