@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import torch
@@ -19,11 +20,15 @@ from attnres_compile.rewritten import RewrittenModule
 
 @dataclasses.dataclass(frozen=True)
 class GraphDiff:
-    """Operations by node name: ``removed`` from the original graph, ``added`` by rewriting, and the number ``kept``."""
+    """Operations by node name: ``removed`` from the original graph, ``added`` by rewriting, and the number ``kept``.
+
+    ``kinds`` counts those kept by the name of their operation, the most frequent first.
+    """
 
     removed: tuple[str, ...]
     added: tuple[str, ...]
     kept: int
+    kinds: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         lines = [f"- {operation}" for operation in self.removed] + [f"+ {operation}" for operation in self.added]
@@ -98,14 +103,23 @@ def _tensors(result: Any) -> list[Tensor]:
 
 def diff_graphs(original: Graph, rewritten: Graph) -> GraphDiff:
     """Compare two graphs by node name: rewriting keeps the names of what it keeps."""
+    kept, removed, added = match_operations(original, rewritten)
+    kinds = Counter(name_of(node).rstrip("_") for node in kept)
+    return GraphDiff(tuple(map(_line, removed)), tuple(map(_line, added)), len(kept), tuple(kinds.most_common()))
+
+
+def match_operations(original: Graph, rewritten: Graph) -> tuple[list[Node], list[Node], list[Node]]:
+    """The original's operations that ``rewritten`` has too and those that it lacks, and ``rewritten``'s that are new."""
     before = {node.name: node for node in original.nodes if is_call(node) and name_of(node) != "only_rewritten"}
     after = {node.name: node for node in rewritten.nodes if is_call(node)}
-    kept = [
+    kept = {
         name for name, node in before.items() if name in after and name_of(after[name]).rstrip("_") == name_of(node).rstrip("_")
-    ]
-    removed = [_line(node) for name, node in before.items() if name not in kept]
-    added = [_line(node) for name, node in after.items() if name not in kept]
-    return GraphDiff(tuple(removed), tuple(added), len(kept))
+    }
+    return (
+        [node for name, node in before.items() if name in kept],
+        [node for name, node in before.items() if name not in kept],
+        [node for name, node in after.items() if name not in kept],
+    )
 
 
 def _line(node: Node) -> str:
