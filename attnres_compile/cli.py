@@ -18,8 +18,9 @@ from rich.console import Console
 
 import attnres_compile
 from attnres_compile import env as environment
-from attnres_compile.checkpoint import offline
+from attnres_compile.checkpoint import offline, offline_states
 from attnres_compile.checkpoint.factory import import_factory, parse_input
+from attnres_compile.checkpoint.new_tensors import dtype_named
 from attnres_compile.checkpoint.progress import working
 from attnres_compile.checkpoint.structure import build_on_meta
 from attnres_compile.config import AttnResConfig
@@ -113,22 +114,26 @@ def convert(
     """Write a checkpoint with AttnRes that computes what the original computes. No weights are read."""
     with _one_line_errors():
         files = {"overwrite": overwrite, "dry_run": dry_run}
-        if is_state := model is not None or offline.is_state(src):
-            offline.require_plain_options(naming, link, trust_remote_code)
+        if is_state := model is not None or offline_states.is_state(src):
+            offline_states.require_plain_options(naming, link, trust_remote_code)
         else:
             files["link"] = link
         if reverse:
-            lost, done = offline.revert_state(src, dst, **files) if is_state else offline.revert_checkpoint(src, dst, **files)
+            lost, done = (
+                offline_states.revert_state(src, dst, **files) if is_state else offline.revert_checkpoint(src, dst, **files)
+            )
             facts: dict[str, Any] = {"lost": lost}
             lines = [lost]
         else:
             given = {"variant": variant, "num_blocks": num_blocks, "block_size": block_size, "scale": scale}
             options = {name: value for name, value in given.items() if value is not None}
             config = AttnResConfig.from_options(options) if options else None
-            of_tensors = offline.dtype_named(dtype)
+            of_tensors = dtype_named(dtype)
             if is_state:
                 factory, examples = import_factory(model), [parse_input(text) for text in inputs or ()]
-                report, done = offline.convert_state(src, dst, config, model=factory, inputs=examples, dtype=of_tensors, **files)
+                report, done = offline_states.convert_state(
+                    src, dst, config, model=factory, inputs=examples, dtype=of_tensors, **files
+                )
             else:
                 report, done = offline.convert_checkpoint(
                     src, dst, config, naming=naming, dtype=of_tensors, trust_remote_code=trust_remote_code, **files

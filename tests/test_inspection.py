@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 import attnres_compile as ac
 from attnres_compile.cli import app
 from attnres_compile.inspection.measure import inspect_model, mixing_row
-from attnres_compile.inspection.results import Inspection
+from attnres_compile.inspection.report import Inspection
 from attnres_compile.observe import Observer, observe
 from attnres_compile.plan import plan_site
 

@@ -20,7 +20,8 @@ from torch import nn
 import attnres_compile as ac
 from attnres_compile.inspection import plots
 from attnres_compile.inspection.measure import inspect_model, mixing_row
-from attnres_compile.inspection.results import ChainInspection, Inspection, ReadInspection, SublayerInspection
+from attnres_compile.inspection.report import Inspection
+from attnres_compile.inspection.results import ChainInspection, ReadInspection, SublayerInspection
 from attnres_compile.inspection.tick_labels import thin_out
 from attnres_compile.plan import plan_chain
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 import attnres_compile as ac
 from attnres_compile.checkpoint.factory import build, guess_inputs, import_factory, parse_input
-from attnres_compile.checkpoint.offline import convert_state, revert_state
+from attnres_compile.checkpoint.offline_states import convert_state, revert_state
 from attnres_compile.cli import app
 
 FORMATS = ["state.pt", "checkpoint.pt", "state.safetensors", "distributed"]

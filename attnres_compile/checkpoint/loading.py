@@ -13,7 +13,8 @@ from attnres_compile.checkpoint.factory import Factory, build
 from attnres_compile.checkpoint.files import in_one_line, problem
 from attnres_compile.checkpoint.naming import FOREIGN, OWN_TENSOR, SiteNames, host_in, names_in, site_names
 from attnres_compile.checkpoint.shards import ModelFolder, read_folder, read_tensors
-from attnres_compile.checkpoint.state_files import StateFile, open_state, prefix_of
+from attnres_compile.checkpoint.state_files import StateFile, prefix_of
+from attnres_compile.checkpoint.states import open_state
 from attnres_compile.checkpoint.structure import check_depth, model_class, quietly, transformers_config
 from attnres_compile.errors import CheckpointError, ConfigError
 from attnres_compile.layout import CONFIG_KEY, StoredConversion

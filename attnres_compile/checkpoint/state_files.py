@@ -174,22 +174,3 @@ def _state_in(content: Any) -> Any:
     states = [entry for entry in entries if any(isinstance(value, Tensor) for value in entry.values())]
     states = [entry for entry in states if all(isinstance(name, str) for name in entry)]
     return max(states, key=len, default=None)
-
-
-def open_state(path: Path) -> StateFile:
-    """Open a file of safetensors or ``torch.save``, or a directory of torch.distributed.checkpoint.
-
-    Raises:
-        CheckpointError: if it is none of these.
-    """
-    if not path.is_dir():
-        return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
-    if not (path / METADATA).is_file():
-        raise problem(
-            path,
-            f"has no {METADATA}, so it is no torch.distributed.checkpoint directory; give the file of a state dict, or leave "
-            "--model out for a Transformers directory",
-        )
-    from attnres_compile.checkpoint.distributed import DistributedState  # importing torch.distributed.checkpoint takes its time
-
-    return DistributedState(path)

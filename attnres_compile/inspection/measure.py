@@ -15,7 +15,8 @@ from attnres_compile.config import AttnResConfig
 from attnres_compile.convert import checked_call
 from attnres_compile.errors import ConfigError
 from attnres_compile.inputs import checkpoint_inputs
-from attnres_compile.inspection.results import PARTIAL, ROOT, ChainInspection, Inspection, ReadInspection, SublayerInspection
+from attnres_compile.inspection.report import Inspection
+from attnres_compile.inspection.results import PARTIAL, ROOT, ChainInspection, ReadInspection, SublayerInspection
 from attnres_compile.inspection.short_names import chain_names, read_names, sublayer_names
 from attnres_compile.observe import Modules, Observer, observe
 from attnres_compile.plan import SitePlan, plan_site

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from attnres_compile.errors import ConfigError
-from attnres_compile.inspection.results import ROOT, ChainInspection, Inspection
+from attnres_compile.inspection.report import Inspection, title_of
+from attnres_compile.inspection.results import ROOT, ChainInspection
 from attnres_compile.inspection.short_names import OUTPUT
-from attnres_compile.inspection.tables import title_of
 
 try:
     from matplotlib.axes import Axes

@@ -1,16 +1,13 @@
-"""What an inspection found: depth weights, the depth mixing matrix, magnitudes and entropies, as plain data."""
+"""What an inspection found on a chain: depth weights, the depth mixing matrix, magnitudes and entropies, as plain data."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from attnres_compile.config import AttnResConfig
 
 ROOT = "embedding"
 PARTIAL = "partial sum"
@@ -60,7 +57,7 @@ class ReadInspection:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only: finite numbers or None."""
         derived = {"entropy_fraction": self.entropy_fraction, "entropy_of_mean": self.entropy_of_mean}
-        return {**_fields(self), **_plain(derived)}
+        return {**fields_of(self), **_plain(derived)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,39 +121,11 @@ class ChainInspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only: finite numbers or None."""
-        return {**_fields(self), "standard_mixing": _plain(self.standard_mixing)}
+        return {**fields_of(self), "standard_mixing": _plain(self.standard_mixing)}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Inspection:
-    """What :func:`inspect_model` found. ``config`` is None in a model without AttnRes.
-
-    ``token_ids`` are the integer arguments of the call whose names end in "input_ids", where every token was asked for.
-    """
-
-    model: str
-    config: AttnResConfig | None
-    chains: tuple[ChainInspection, ...]
-    token_ids: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types only: finite numbers or None."""
-        return _fields(self)
-
-    def __rich_console__(self, console: Any, options: Any) -> Any:
-        from attnres_compile.inspection.tables import tables
-
-        yield from tables(self)
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=140, color_system=None)
-        console.print(self)
-        return console.file.getvalue()  # type: ignore[attr-defined]
-
-
-def _fields(found: Any) -> dict[str, Any]:
+def fields_of(found: Any) -> dict[str, Any]:
+    """The fields of a dataclass as JSON types."""
     return {field.name: _plain(getattr(found, field.name)) for field in dataclasses.fields(found)}
 
 
@@ -169,5 +138,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(entry) for name, entry in value.items()}
     if dataclasses.is_dataclass(value):
-        return value.to_dict() if hasattr(value, "to_dict") else _fields(value)
+        return value.to_dict() if hasattr(value, "to_dict") else fields_of(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value

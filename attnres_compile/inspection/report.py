@@ -1,19 +1,49 @@
-"""An inspection as text: one table per chain, a line for every place along the stream."""
+"""What an inspection found, and how it reads as text: one table per chain, a line for every place along the stream."""
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
-from attnres_compile.inspection.results import ROOT, ChainInspection, Inspection, ReadInspection
+from attnres_compile.config import AttnResConfig
+from attnres_compile.inspection.results import ROOT, ChainInspection, ReadInspection, fields_of
 
 _HEAVIEST = 3
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inspection:
+    """What :func:`inspect_model` found. ``config`` is None in a model without AttnRes.
+
+    ``token_ids`` are the integer arguments of the call whose names end in "input_ids", where every token was asked for.
+    """
+
+    model: str
+    config: AttnResConfig | None
+    chains: tuple[ChainInspection, ...]
+    token_ids: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types only: finite numbers or None."""
+        return fields_of(self)
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        yield from tables(self)
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=140, color_system=None)
+        console.print(self)
+        return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def tables(inspection: Inspection) -> Iterator[RenderableType]:
