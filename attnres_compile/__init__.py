@@ -1,6 +1,7 @@
 """Attention Residuals for PyTorch models: ``torch.compile(model, backend="attnres")`` rewrites PreNorm residual streams."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # In a checkout, passes/, kernels/ and patterns/ stand beside this folder, where an installed package has them inside.
 if not Path(__file__).with_name("passes").is_dir():
@@ -20,15 +21,24 @@ from attnres_compile.errors import (
     NoResidualChainError,
     NotRewrittenError,
     ParameterMismatchError,
+    PartitionError,
+    TransferError,
     VerificationError,
 )
+from attnres_compile.pipelining.partition import partition
+from attnres_compile.pipelining.plan import PipelinePlan
 from attnres_compile.report import Refusal, Report
+
+if TYPE_CHECKING:
+    from attnres_compile.pipeline import BlockCacheStage
+    from attnres_compile.pipelining.states import rank_module
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttnResConfig",
     "AttnResError",
+    "BlockCacheStage",
     "CaptureError",
     "ChainCutError",
     "CheckpointError",
@@ -37,13 +47,31 @@ __all__ = [
     "NoResidualChainError",
     "NotRewrittenError",
     "ParameterMismatchError",
+    "PartitionError",
+    "PipelinePlan",
     "Refusal",
     "Report",
+    "TransferError",
     "VerificationError",
     "__version__",
     "compare",
     "convert_",
     "detect",
     "from_pretrained",
+    "partition",
+    "rank_module",
     "rewrite",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torch.distributed.pipelining, which takes seconds to import and is not in every build of torch."""
+    if name == "BlockCacheStage":
+        from attnres_compile.pipeline import BlockCacheStage
+
+        return BlockCacheStage
+    if name == "rank_module":
+        from attnres_compile.pipelining.states import rank_module
+
+        return rank_module
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

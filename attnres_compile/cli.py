@@ -203,6 +203,47 @@ def compare(
         _print(found)
 
 
+@app.command()
+def plan(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="A model's shape as JSON, a Transformers directory or config.json.")],
+    ranks: Annotated[int, typer.Option(help="Pipeline ranks P.")] = 8,
+    virtual: Annotated[int, typer.Option(help="Stages per rank V.")] = 4,
+    tokens: Annotated[int, typer.Option(help="Tokens of a microbatch.")] = 8192,
+    dtype: Annotated[str, typer.Option(help="Of the stream: float32 (fp32), bfloat16 (bf16) or float16 (fp16).")] = "bfloat16",
+    num_blocks: Annotated[int | None, typer.Option(help="Blocks, instead of those of SRC.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Sublayers per block, instead of --num-blocks.")] = None,
+    boundaries: Annotated[str | None, typer.Option(metavar="N,N,...", help="Where stages 1, 2, ... begin.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="As torch names it; 1F1B or Interleaved1F1B by default.")] = None,
+    microbatches: Annotated[int, typer.Option(help="Microbatches of a step.")] = 16,
+    bandwidth: Annotated[float, typer.Option(help="Of a link between two ranks, each way, in GB/s.")] = 50.0,
+    latency: Annotated[float, typer.Option(help="Of a transfer, in microseconds.")] = 10.0,
+    flops: Annotated[float, typer.Option(help="That a rank computes, in TFLOP/s.")] = 400.0,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Over 2 to 64 ranks, too.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a picture, by suffix .png or .svg.")] = None,
+    as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Show what moves between pipeline ranks, naive and with cross-stage caching, and simulate a training step."""
+    with _one_line_errors(), contextlib.ExitStack() as stack:
+        from attnres_compile.pipelining import preview
+
+        if plot is not None:
+            from attnres_compile.checkpoint.staging import staged_file
+            from attnres_compile.pipelining import plots
+
+            plots.check_format(plot)
+            place = stack.enter_context(staged_file(plot, overwrite=True))
+        request = preview.Request(
+            src, ranks, virtual, tokens, dtype, num_blocks, block_size, preview.places(boundaries), schedule, microbatches,
+            bandwidth * 1e9, latency / 1e6, flops * 1e12, trust_remote_code,
+        )  # fmt: skip
+        with working("simulating"):
+            found = preview.preview(request, sweep)
+        if plot is not None:
+            plots.save(plots.overview(found.step, found.sweep), place)
+    typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False) if as_json else str(found))
+
+
 def _print(found: Any) -> None:
     console = Console()
     if not console.is_terminal:

@@ -41,3 +41,11 @@ class VerificationError(AttnResError, RuntimeError):
 
 class ModelTypeError(AttnResError, TypeError):
     """What was given is no module that can be captured."""
+
+
+class PartitionError(AttnResError, ValueError):
+    """The rewritten graph can't be cut into the pipeline stages that were asked for."""
+
+
+class TransferError(AttnResError, RuntimeError):
+    """A value between pipeline stages was lost, doubled, of another shape or dtype, or did not arrive."""

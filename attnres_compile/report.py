@@ -206,3 +206,9 @@ def describe_chains(chains: tuple[ResidualChain, ...], plans: tuple[AttnResPlan,
         first = sum(earlier.num_sites for earlier in described)
         described.append(describe_chain(chain, first, plans[i] if plans else None))
     return tuple(described)
+
+
+def block_size_of(report: Report, chain: ChainReport) -> int:
+    """Sublayers per block of ``chain`` in a planned report."""
+    assert report.config is not None
+    return report.config.resolved_block_size(chain.num_sublayers)

@@ -37,7 +37,13 @@ def written_tensors(node: Node) -> tuple[Node, ...]:
     return tuple(value for value in written if isinstance(value, Node))
 
 
+# Named so because the plain names are Python's own.
+_KEYWORDS = frozenset({operator.and_, operator.or_, operator.not_, operator.is_})
+
+
 def _is_named_in_place(node: Node) -> bool:
+    if node.target in _KEYWORDS:
+        return False
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     return name.endswith("_") and not name.endswith("__")
 

@@ -29,6 +29,7 @@ BASE = {
     "errors": set(),
     "config": {"errors"},
     "chain": set(),
+    "transport": set(),
     "plan": {"config", "errors"},
     "report": {"chain", "config", "plan"},
 }

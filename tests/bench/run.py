@@ -15,6 +15,7 @@ import compile_time
 import convert_large
 import growth
 import kernel_time
+import pipeline_transport
 import step_time
 import torch
 from rich.console import Console
@@ -28,6 +29,8 @@ BENCHMARKS: dict[str, Callable[[], Table]] = {
     "compile-time": compile_time.run,
     "growth": growth.run,
     "convert": convert_large.run,
+    "pipeline-memory": pipeline_transport.run_memory,
+    "pipeline-step": pipeline_transport.run_steps,
 }
 ON_GPU: dict[str, Callable[[], Table]] = {"kernels": kernel_time.run}
 
