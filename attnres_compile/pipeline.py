@@ -263,6 +263,9 @@ class BlockCacheStage(PipelineStage):
             self._microbatch = bwd_chunk_id
             self._relayed[bwd_chunk_id] = {}
             super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+            loss = kwargs.get("loss") if kwargs.get("full_backward", True) else None
+            if isinstance(loss, Tensor) and not loss._is_view():
+                loss.detach_()  # torch keeps losses until the step ends, and with their graphs what entered the last stage
             relayed = self._relayed.pop(bwd_chunk_id)
             if self.is_first:
                 return
@@ -276,7 +279,15 @@ class BlockCacheStage(PipelineStage):
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         with self._cleared_on_error():
-            super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+            try:
+                super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+            except RuntimeError as error:
+                if "_input_metadata" not in str(error):
+                    raise
+                raise ConfigError(
+                    f"torch {torch.__version__} can't compute the gradients of weights apart through custom operators, such as "
+                    "sites, which zero-bubble schedules ask for; use Interleaved1F1B, or torch 2.13."
+                ) from error
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         super().perform_reduce_grad(1)

@@ -8,8 +8,10 @@ from typing import Any
 
 import pipelines
 import pytest
+import torch
 from pipeline_runs import train
-from ranks import run_ranks
+from ranks import RankError, run_ranks
+from torch.torch_version import TorchVersion
 
 import attnres_compile as ac
 
@@ -91,6 +93,11 @@ def _check_bytes(found: list[dict[str, Any]], ranks: int, microbatches: int, blo
 
 @pytest.mark.parametrize(("name", "placement"), FOLDED)
 def test_zero_bubble_and_v_schedules(name: str, placement: str) -> None:
+    if TorchVersion(torch.__version__) < (2, 12):
+        # There torch stops at custom operators; DualPipeV loses a deposit before that, which is seen.
+        with pytest.raises(RankError, match=r"can't compute the gradients of weights apart|lost its gradient"):
+            run_ranks(train, 2, name, 2, 6, 3, None, placement, False)
+        return
     for rank in run_ranks(train, 2, name, 2, 6, 3, None, placement, False):
         for transport in ("cached", "naive"):
             assert max(rank[transport]["error"], rank[transport]["loss"]) <= TOLERANCE
