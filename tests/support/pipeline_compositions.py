@@ -563,7 +563,7 @@ def _failing(error: BaseException, after: int) -> Iterator[Callable[[Any], Any]]
 
 def failing(kind: str, name: str, virtual: int) -> dict[str, Any]:
     """On the last rank the model, the loss function, the backward pass or a user ends the step."""
-    group = dist.new_group(timeout=datetime.timedelta(seconds=3))
+    group = dist.new_group(timeout=datetime.timedelta(seconds=10))
     last = dist.get_rank() == dist.get_world_size() - 1
     error: BaseException = KeyboardInterrupt() if kind == "interrupt" else ArithmeticError("no more")
     with _failing(error, 1) as check:
