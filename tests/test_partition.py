@@ -129,7 +129,9 @@ def test_stages_compute_what_the_whole_does(case: Case) -> None:
         for plan in (mid_block, balanced):
             check_plan(plan, whole)
             difference = difference_from(whole, plan, kwargs=call)
-            assert max(difference.output, difference.gradient) <= TOLERANCE
+            # In float32 threads add up gradients in an order of their own.
+            assert difference.output <= TOLERANCE
+            assert difference.gradient <= (TOLERANCE if case.promoted else 1e-5)
     assert len([value for value in mid_block.values if value.kind == "other"]) == case.others
 
 
