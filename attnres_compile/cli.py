@@ -157,15 +157,12 @@ def inspect(
     with _one_line_errors(), contextlib.ExitStack() as stack:
         from attnres_compile.inspection.measure import inspect_checkpoint  # here, since loading models takes Transformers
 
-        if plot is not None:
-            from attnres_compile.checkpoint.staging import staged_file
-            from attnres_compile.inspection import plots
-
-            plots.check_format(plot)
-            place = stack.enter_context(staged_file(plot, overwrite=True))
+        place = stack.enter_context(_picture(plot)) if plot is not None else None
         with working("inspecting"):
             found = inspect_checkpoint(src, text, tokens, seed, per_token, trust_remote_code)
-        if plot is not None:
+        if place is not None:
+            from attnres_compile.inspection import plots
+
             plots.save(plots.overview(found), place)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), allow_nan=False))
@@ -227,19 +224,16 @@ def plan(
     with _one_line_errors(), contextlib.ExitStack() as stack:
         from attnres_compile.pipelining import preview
 
-        if plot is not None:
-            from attnres_compile.checkpoint.staging import staged_file
-            from attnres_compile.pipelining import plots
-
-            plots.check_format(plot)
-            place = stack.enter_context(staged_file(plot, overwrite=True))
+        place = stack.enter_context(_picture(plot)) if plot is not None else None
         request = preview.Request(
             src, ranks, virtual, tokens, dtype, num_blocks, block_size, preview.places(boundaries), schedule, microbatches,
             bandwidth * 1e9, latency / 1e6, flops * 1e12, trust_remote_code,
         )  # fmt: skip
         with working("simulating"):
             found = preview.preview(request, sweep)
-        if plot is not None:
+        if place is not None:
+            from attnres_compile.pipelining import plots
+
             plots.save(plots.overview(found.step, found.sweep), place)
     typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False) if as_json else str(found))
 
@@ -249,6 +243,17 @@ def _print(found: Any) -> None:
     if not console.is_terminal:
         console.width = max(console.width, _PIPE_WIDTH)
     console.print(found)
+
+
+@contextlib.contextmanager
+def _picture(path: Path) -> Iterator[Path]:
+    """Where to write a picture that becomes ``path`` once all went well. It is told before any work if that can't be."""
+    from attnres_compile.checkpoint.staging import staged_file
+    from attnres_compile.inspection.plots import check_format
+
+    check_format(path)
+    with staged_file(path, overwrite=True) as place:
+        yield place
 
 
 @contextlib.contextmanager

@@ -81,7 +81,7 @@ class BlockCacheStage(PipelineStage):
         self._gradients: dict[int, list[Tensor | None]] = {}
         self._leaves: dict[int, dict[int, str]] = {}
         self._relayed: dict[int, dict[str, Tensor | None]] = {}
-        self._transfers: dict[tuple[int, bool], list[Transfer]] = {}
+        self._transfers: dict[int, list[Transfer]] = {}
         self._under_way: collections.deque[list[Transfer]] = collections.deque()
         module = plan.stages[index] if submodule is None else submodule
         if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
@@ -395,14 +395,14 @@ class BlockCacheStage(PipelineStage):
         no schedule runs further ahead.
         """
         if not is_gradient and self.has_backward:
-            self._transfers[microbatch, is_gradient] = transfers
+            self._transfers[microbatch] = transfers
             return
         self._under_way.append(transfers)
         if len(self._under_way) > self.num_stages:
             _wait(self._under_way.popleft())
 
     def _delivered(self, microbatch: int) -> None:
-        _wait(self._transfers.pop((microbatch, False), []))
+        _wait(self._transfers.pop(microbatch, []))
 
     # Neighbours on one rank
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from commands import assert_one_line_on_stderr
 from typer.testing import CliRunner, Result
 
 import attnres_compile
@@ -40,15 +41,6 @@ def llama(tmp_path: Path) -> Path:
 @pytest.fixture
 def bert(tmp_path: Path) -> Path:
     return saved(transformers.BertConfig(**SMALL), tmp_path / "bert", "BertModel")
-
-
-def assert_one_line_on_stderr(result: Result, *words: str) -> None:
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("attnres: error: ")
-    assert [word for word in words if word not in lines[0]] == []
 
 
 def test_version() -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import assert_one_line_on_stderr
 from typer.testing import CliRunner, Result
 
 from attnres_compile.cli import app
@@ -20,15 +21,6 @@ def run(*arguments: str | Path | int | float) -> Result:
 @pytest.fixture
 def k3(repository: Path) -> Path:
     return repository / "examples" / "kimi_k3_plan.json"
-
-
-def assert_one_line_on_stderr(result: Result, *words: str) -> None:
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("attnres: error: ")
-    assert [word for word in words if word not in lines[0]] == []
 
 
 def test_kimi_k3_by_default(k3: Path) -> None:
