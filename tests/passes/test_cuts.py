@@ -468,9 +468,7 @@ def test_refused(model_class: type[nn.Module]) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_unknown_shapes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
-
+def test_unknown_shapes_are_refused() -> None:
     class Selected(Stream):
         def prepare(self, tokens: Tensor) -> Tensor:
             return (self.embedding(tokens) > 0).nonzero()
@@ -478,7 +476,8 @@ def test_unknown_shapes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         def branch(self, x: Tensor, i: int, prepared: Tensor) -> Tensor:
             return super().branch(x, i, None) * prepared.double().mean()
 
-    whole = whole_of(Selected())
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        whole = whole_of(Selected())
     with pytest.raises(ac.PartitionError, match=r"\.nonzero\(\)\] has a shape that depends on data"):
         plan_of(whole)
 
