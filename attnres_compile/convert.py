@@ -202,7 +202,11 @@ def _as_module(
             bound[node] = f"constant_{node.name}"
             tree.register_buffer(bound[node], value, persistent=False)
         else:
-            raise ConfigError(f"the graph depends on {node.name!r} = {value!r}, which is no argument of the model.")
+            raise ConfigError(
+                f"the graph depends on {node.name!r} = {value!r}, which is no argument of the model: a size marked as dynamic, "
+                'or a number that changes. Leave torch._dynamo.mark_dynamic out, or use torch.compile(model, backend="attnres"), '
+                "which takes dynamic sizes."
+            )
     for i, site in enumerate(program.sites):
         bound[site.query] = f"{ATTRIBUTE}.sites.{i}.query"
         if site.key_norm is not None:

@@ -163,10 +163,12 @@ def _check_parameters(rewritten: RewrittenModule, cuts: Cuts, placement: tuple[i
             continue
         if refuse and tensor.requires_grad and len({placement[stage] for stage in stages}) > 1:
             listed = " and ".join(map(str, stages))
+            others = ", ".join(repr(other) for other, tied in tensors.items() if tied is tensor and other != name)
             raise PartitionError(
-                f"{name!r} is used in stages {listed}, on different ranks, which would train apart. Untie it (for a Transformers "
-                "model: config.tie_word_embeddings = False and a copy of the weight), or put these stages on one rank, by "
-                "boundaries or by a folded placement with virtual=2."
+                f"{name!r}{f' (tied to {others})' if others else ''} is used in stages {listed}, on different ranks, which would "
+                "train apart. Untie it: give each reader a Parameter of its own (config.tie_word_embeddings = False does so for "
+                "the head of most Transformers models). Or put these stages on one rank, by boundaries or by a folded placement "
+                "with virtual=2."
             )
         notes.append(f"{name} is read in stages {', '.join(map(str, stages))}")
     return tuple(notes)
