@@ -12,7 +12,7 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.utils._pytree
@@ -58,8 +58,7 @@ def source_name(placeholder: Node) -> str:
         source = getattr(argument, "source", None)
     if source is None:
         return ""
-    name = source.name
-    return name() if callable(name) else name  # a method up to torch 2.11
+    return str(source.name() if callable(source.name) else source.name)  # a method up to torch 2.11
 
 
 def parameter_placeholders(graph_module: GraphModule) -> frozenset[str]:
@@ -99,7 +98,7 @@ def compile_with_inductor(graph_module: GraphModule, inputs: list[Any], mode: st
             raise ConfigError(f"unknown mode {mode!r}; the modes are: default, {', '.join(known)}.")
         patches |= known[mode]
     compiled: Any = compile_fx(graph_module, inputs, config_patches=patches)
-    return compiled
+    return cast(Callable[..., Any], compiled)
 
 
 # ---------------------------------------------------------------------------------------------- what Dynamo compiles
@@ -208,7 +207,7 @@ def parameter_sources(root: str, host_path: str, sites: int, names: Sequence[str
 def _source_of_root(output: Any, root: str) -> Source:
     """The Source object whose expression is ``root``, found at the bottom of some graph input's source."""
     for argument in output.graphargs:
-        source = argument.source
+        source: Source | None = argument.source
         while source is not None:
             name = source.name() if callable(source.name) else source.name
             if name == root:

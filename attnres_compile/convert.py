@@ -204,7 +204,7 @@ def _as_module(
         else:
             raise ConfigError(
                 f"the graph depends on {node.name!r} = {value!r}, which is no argument of the model: a size marked as dynamic, "
-                'or a number that changes. Leave torch._dynamo.mark_dynamic out, or use torch.compile(model, backend="attnres"), '
+                'or a number that changes. Leave mark_dynamic out, or use torch.compile(model, backend="attnres"), '
                 "which takes dynamic sizes."
             )
     for i, site in enumerate(program.sites):

@@ -211,7 +211,8 @@ class _Call:
 def _calls() -> list[_Call]:
     if not hasattr(_local, "calls"):
         _local.calls = []
-    return _local.calls
+    calls: list[_Call] = _local.calls
+    return calls
 
 
 def eager_hosts() -> Iterator[nn.Module]:
@@ -245,7 +246,7 @@ never_compile_alone(_before_forward)
 never_compile_alone(_after_forward)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _enter(module: nn.Module, is_compiled: bool) -> None:
     if not is_compiled:
         raise NotRewrittenError(
@@ -258,7 +259,7 @@ def _enter(module: nn.Module, is_compiled: bool) -> None:
     calls.append(_Call(module))
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _leave(module: nn.Module) -> None:
     calls = _calls()
     mine = [call for call in calls if call.host is module]

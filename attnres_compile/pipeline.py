@@ -450,7 +450,10 @@ class _Own(torch.autograd.Function):
 
 
 def _own(value: Tensor) -> Tensor:
-    return _Own.apply(value) if value.requires_grad and (value._is_view() or value.is_leaf) else value
+    if not value.requires_grad or not (value._is_view() or value.is_leaf):
+        return value
+    owned: Tensor = _Own.apply(value)  # type: ignore[no-untyped-call]
+    return owned
 
 
 def _keep_those_with_gradients(bwd_kwargs: dict[str, Any]) -> None:

@@ -72,7 +72,7 @@ def inter(
     """
     compute = compute_dtype(storage_dtype(sources))
     weights = [weight_of(q, key_norms[s] if key_norms else None, compute) for s, q in enumerate(queries)]
-    return list(_Inter.apply(KERNELS[kernels], eps, torch.stack(weights), *sources))
+    return list(_Inter.apply(KERNELS[kernels], eps, torch.stack(weights), *sources))  # type: ignore[no-untyped-call]
 
 
 def merge(
@@ -87,7 +87,7 @@ def merge(
     """
     weight = weight_of(query, key_norm, compute_dtype(mixed.dtype))
     arguments = (KERNELS[kernels], eps, scale, norm, norm_eps, partial, branch, mixed, lse, weight, norm_weight, norm_bias)
-    return list(_Merge.apply(*arguments))
+    return list(_Merge.apply(*arguments))  # type: ignore[no-untyped-call]
 
 
 def site(
@@ -100,7 +100,7 @@ def site(
         The site's output ``[..., D]``, and the sources for the next reader.
     """
     weight = weight_of(query, key_norm, compute_dtype(storage_dtype(sources)))
-    return list(_Site.apply(KERNELS[kernels], eps, scale, weight, prior, prior_lse, *sources))
+    return list(_Site.apply(KERNELS[kernels], eps, scale, weight, prior, prior_lse, *sources))  # type: ignore[no-untyped-call]
 
 
 def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

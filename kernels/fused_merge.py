@@ -36,7 +36,7 @@ def _tile(D: int, vector: int, threads: int, limit: int) -> tuple[int, int]:
 
 def _held(D: int, vector: int, width: int) -> int:
     """Elements of each row tensor that a thread holds: one vector of every chunk."""
-    return triton.cdiv(D, width) * vector
+    return int(triton.cdiv(D, width)) * vector
 
 
 def _config(D: int, dtype: torch.dtype, lanes: int, threads: int, limit: int, programs: int = 0) -> tuple[int, Config]:

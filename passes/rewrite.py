@@ -264,7 +264,10 @@ def _mixture_of(sources: list[Node]) -> torch.Tensor:
     """The example value of a site. Asking the operator itself costs a dispatch over all sources, site after site."""
     values = [value_of(source) for source in sources]
     with torch.no_grad():
-        return values[0].new_empty(values[0].shape, dtype=functools.reduce(torch.promote_types, {v.dtype for v in values}))
+        mixture: torch.Tensor = values[0].new_empty(
+            values[0].shape, dtype=functools.reduce(torch.promote_types, {v.dtype for v in values})
+        )
+    return mixture
 
 
 def _evaluate(node: Node) -> Any:

@@ -57,7 +57,7 @@ def memory_of(value: Node) -> Hashable:
     if not isinstance(example, torch.Tensor):
         return value
     try:
-        return example.untyped_storage()._cdata
+        return int(example.untyped_storage()._cdata)
     except NotImplementedError:  # tensors inside vmap have no storage, and no in-place arithmetic that leaves it
         return value
 

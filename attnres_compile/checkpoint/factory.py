@@ -45,7 +45,8 @@ def import_factory(name: str | None) -> Factory:
         sys.path.pop()
     if not callable(found):
         raise ConfigError(f"{name!r} is no function but {type(found).__name__}.")
-    return found
+    factory: Callable[[], Any] = found
+    return factory
 
 
 def parse_input(text: str) -> Tensor:

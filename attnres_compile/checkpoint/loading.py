@@ -154,7 +154,7 @@ def _checked_names(folder: ModelFolder, stored: StoredConversion) -> tuple[str, 
     return host, names
 
 
-def _load(path: Path, config: Any, stored: StoredConversion | None, trust_remote_code: bool, kwargs: dict[str, Any]) -> Any:
+def _load(path: Path, config: Any, stored: StoredConversion | None, trust_remote_code: bool, kwargs: dict[str, Any]) -> nn.Module:
     """The model as Transformers loads it, without AttnRes."""
     if stored is not None:
         delattr(config, CONFIG_KEY)  # what the model saves is up to its parameters
@@ -174,7 +174,8 @@ def _load(path: Path, config: Any, stored: StoredConversion | None, trust_remote
             f"{path}: lacks {len(missing)} of the tensors of {type(model).__name__}, or has them in another shape; the first is "
             f"{missing[0]}."
         )
-    return model.eval()
+    loaded: nn.Module = model.eval()
+    return loaded
 
 
 def _attach(

@@ -97,7 +97,8 @@ class CheckpointComparison:
             "first_different_site": first.site if first else None,
         }
         data["graph"]["diff"]["kinds"] = dict(self.graph.diff.kinds)
-        return _finite(data)
+        finite: dict[str, Any] = _finite(data)
+        return finite
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         from rich.markup import escape
@@ -147,9 +148,9 @@ class CheckpointComparison:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(file=io.StringIO(), width=140, color_system=None)
-        console.print(self)
-        return console.file.getvalue()  # type: ignore[attr-defined]
+        text = io.StringIO()
+        Console(file=text, width=140, color_system=None).print(self)
+        return text.getvalue()
 
 
 def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -41,9 +41,9 @@ class Inspection:
         yield from tables(self)
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=140, color_system=None)
-        console.print(self)
-        return console.file.getvalue()  # type: ignore[attr-defined]
+        text = io.StringIO()
+        Console(file=text, width=140, color_system=None).print(self)
+        return text.getvalue()
 
 
 def tables(inspection: Inspection) -> Iterator[RenderableType]:

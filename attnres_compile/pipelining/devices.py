@@ -15,7 +15,7 @@ from attnres_compile.rewritten import CallSignature
 
 def captured_on(graph: Graph) -> str:
     """The type of the device that a graph's inputs were on."""
-    return next(value_of(node).device.type for node in graph.find_nodes(op="placeholder"))
+    return str(next(value_of(node).device.type for node in graph.find_nodes(op="placeholder")))
 
 
 def follow_inputs(graph: Graph) -> None:

@@ -73,10 +73,11 @@ def explain_sweep(swept: Sweep) -> str:
 
 def rendered(parts: Iterable[RenderableType]) -> str:
     """Plain text, without spaces at the ends of lines."""
-    console = Console(file=io.StringIO(), width=_WIDTH, color_system=None)
+    text = io.StringIO()
+    console = Console(file=text, width=_WIDTH, color_system=None)
     for part in parts:
         console.print(part)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def bytes_text(nbytes: float) -> str:
