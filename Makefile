@@ -10,7 +10,7 @@ PEERS := flash-linear-attention==0.6.0 fla-core==0.6.0
 SOURCES := attnres_compile kernels passes patterns
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench kernels zoo clean
+.PHONY: help install demo test lint bench kernels zoo fuzz matrix clean
 
 help:
 	@echo "make demo     install into $(VENV) and run examples/demo.py"
@@ -19,6 +19,8 @@ help:
 	@echo "make bench    install into $(VENV) and run the benchmarks"
 	@echo "make kernels  install into $(VENV) and compile every kernel for four GPUs with two Tritons (no GPU needed)"
 	@echo "make zoo      install into $(VENV) and check every model of the zoo (about an hour on 2 cores)"
+	@echo "make fuzz     install into $(VENV) and check 2,000 random networks (FUZZ_ARGS=\"--networks 100 --seed 3\")"
+	@echo "make matrix   run the core tests under torch 2.11 to 2.13 and Python 3.11 and 3.12 (downloads some GB)"
 	@echo "make clean    remove $(VENV), build outputs and caches"
 
 install: $(READY)
@@ -55,6 +57,12 @@ kernels: $(READY)
 
 zoo: $(READY)
 	$(BIN)/python tests/zoo/run.py $(ZOO_ARGS)
+
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz/run.py --failures build/fuzz $(FUZZ_ARGS)
+
+matrix: $(READY)
+	$(BIN)/python tests/matrix/run.py $(MATRIX_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -21,6 +21,7 @@ from attnres_compile.parameters import (
     ATTRIBUTE,
     AttnResParameters,
     attach,
+    check_unconverted,
     eager_hosts,
     hosts_in,
     note_execution,
@@ -92,10 +93,12 @@ def _compile(
     program = run_passes(program, REWRITING + PHASING + LOWERING)
     for note in program.notes:
         log.info("site %d is computed by itself: %s", note.site, note.reason)
-    parameters = existing if isinstance(existing, AttnResParameters) else _attach_late(host, report, program)
+    parameters = existing if isinstance(existing, AttnResParameters) else _new_parameters(host, report, program)
     tensors = parameters.tensors()
     _tie_to_dynamo(root[0], path, program, parameters)
     compiled = compiler(graph_module, [*example_inputs, *tensors], mode)
+    if parameters is not existing:  # only now: where compilation fails, the model stays what it was
+        _attach_late(host, parameters)
     return RewrittenCall(compiled, weakref.ref(host), tuple(map(_kind, tensors)))
 
 
@@ -111,8 +114,8 @@ def _explain_part(root: nn.Module, caller: str) -> str:
     reason = capture.last_graph_break()
     return (
         f"{type(root).__name__} was compiled alone, called by {caller}. Either a graph break made Dynamo give up on the model "
-        f"around it{f' (the last one was: {reason})' if reason else ''}, which TORCH_LOGS=graph_breaks shows, or only this part "
-        "was given to torch.compile. A residual chain must lie in one graph: remove the break, and compile the whole model."
+        f"around it{f' (the last of all was: {reason})' if reason else ''}, which TORCH_LOGS=graph_breaks shows, or only this "
+        "part was given to torch.compile. A residual chain must lie in one graph: remove the break, and compile the whole model."
     )
 
 
@@ -145,21 +148,25 @@ def _config(requested: AttnResConfig | None, existing: nn.Module | None) -> Attn
     return existing.config
 
 
-def _attach_late(host: nn.Module, report: Report, program: Program) -> AttnResParameters:
-    """Convert a model that nobody converted, on its first compilation."""
+def _new_parameters(host: nn.Module, report: Report, program: Program) -> AttnResParameters:
+    """Those of a model that nobody converted, on its first compilation."""
+    check_unconverted(host)
     if capture.is_inside_ddp() or any(hasattr(parameter, "placements") for parameter in host.parameters()):
         raise ConfigError(
             f"{type(host).__name__} was wrapped for distributed training before it had AttnRes parameters, which would then not "
             "be synchronised between ranks; call attnres_compile.convert_(model, ...) before wrapping it."
         )
-    parameters = attach(host, program.config, layout_of(report), *device_and_dtype(host, program))
+    return AttnResParameters(program.config, layout_of(report), *device_and_dtype(host, program))
+
+
+def _attach_late(host: nn.Module, parameters: AttnResParameters) -> None:
+    attach(host, parameters)
     log.warning(
         "%s was not converted yet: its %d sites got their parameters on this first call, as model.attnres. To have them before "
         "the optimizer is built, call attnres_compile.convert_(model, ...) first.",
         type(host).__name__,
-        report.num_sites,
+        len(parameters.sites),
     )
-    return parameters
 
 
 def relative_to(report: Report, path: str) -> Report:
@@ -179,8 +186,7 @@ def relative_to(report: Report, path: str) -> Report:
 
 
 def _tie_to_dynamo(root: str, path: str, program: Program, parameters: AttnResParameters) -> None:
-    names = ("query", "key_norm") if parameters.config.key_norm else ("query",)
-    sources = capture.parameter_sources(root, path, len(program.sites), names)
+    sources = capture.parameter_sources(root, path, parameters.sites, parameters.names)
     nodes = [node for site in program.sites for node in (site.query, site.key_norm) if node is not None]
     capture.prepare_for_compiler(program.graph_module, list(zip(nodes, sources, strict=True)))
     capture.guard_on(root, path)

@@ -31,7 +31,13 @@ from attnres_compile.passes.normalize import remove_markers
 from attnres_compile.places import first_line, forward_ranges, is_inside, user_place
 
 _DYNAMIC_MARKS = ("_dynamo_propagated_dynamic_indices", "_dynamo_weak_dynamic_indices")  # the second up to torch 2.12
-_ROOT = re.compile(r"^(?P<root>[LG]\[(?:'[^']*'|\"[^\"]*\")\].*?)(?:\._modules\[|\._parameters\[|\._buffers\[)")
+# What Dynamo raises, where it must not break the graph, about Python code that branches on a number out of a tensor.
+_BRANCHES_ON_DATA = (torch._dynamo.exc.UserErrorType.ANTI_PATTERN, torch._dynamo.exc.UserErrorType.DYNAMIC_CONTROL_FLOW)
+# The second spelling is that of modules that were written to in the code being compiled.
+_ROOT = re.compile(
+    r"^(?P<root>[LG]\[(?:'[^']*'|\"[^\"]*\")\].*?)"
+    r"(?:\._(?:modules|parameters|buffers)\[|\.__dict__\['_(?:modules|parameters|buffers)'\]\[)"
+)
 
 
 # ---------------------------------------------------------------------------------------------------------- graphs
@@ -152,8 +158,11 @@ def current_frame(graph_module: GraphModule) -> Frame:
 
 
 def dynamo_is_active() -> bool:
-    """Whether the code that runs right now was called from compiled code, so that Dynamo looks at every frame."""
-    return callable(get_eval_frame_callback())
+    """Whether the code that runs right now was called from compiled code, so that Dynamo looks at every frame.
+
+    Under the stance "eager_on_recompile" it looks for what it compiled before, and compiles nothing: the callback is False.
+    """
+    return get_eval_frame_callback() is not None
 
 
 def never_compile_alone(function: Any) -> None:
@@ -193,14 +202,22 @@ def is_inside_ddp() -> bool:
     return nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None
 
 
-def parameter_sources(root: str, host_path: str, sites: int, names: Sequence[str]) -> list[Source]:
-    """Sources of ``attnres.sites[i].<name>``, site after site, of the host at ``host_path`` below the expression ``root``."""
+def parameter_sources(root: str, host_path: str, sites: Iterable[nn.Module], names: Sequence[str]) -> list[Source]:
+    """Sources of ``attnres.sites[i].<name>``, site after site, of the host at ``host_path`` below the expression ``root``.
+
+    Where something computes a weight from others (a parametrisation, a functional call), it is an attribute of the site.
+    """
     output = InstructionTranslator.current_tx().output
     host = _submodule_source(_source_of_root(output, root), host_path)
     found: list[Source] = []
-    for i in range(sites):
+    for i, module in enumerate(sites):
         site = _submodule_source(host, f"attnres.sites.{i}")
-        found.extend(DictGetItemSource(AttrSource(site, "_parameters"), name) for name in names)
+        for name in names:
+            found.append(
+                DictGetItemSource(AttrSource(site, "_parameters"), name)
+                if name in module._parameters
+                else AttrSource(site, name)
+            )
     return found
 
 
@@ -322,8 +339,13 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], run
     except AttnResError:
         raise
     except Exception as error:
+        cause = getattr(error, "inner_exception", error)
+        if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
+            raise cause from None
+        if getattr(error, "error_type", None) in _BRANCHES_ON_DATA:
+            raise ChainCutError(_explain_break(type(model).__name__, error)) from None
         raise CaptureError(
-            f"{type(model).__name__} failed on the example arguments: {_innermost(error)}. Give args and kwargs with which the "
+            f"{type(model).__name__} failed on the example arguments: {_innermost(cause)}. Give args and kwargs with which the "
             "model can be called."
         ) from error
     if backend.graph_module is None:
@@ -346,18 +368,30 @@ def _fresh_function(model: nn.Module) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _capturing(leaves: Iterable[Any]) -> Iterator[None]:
-    """Captures are no compilations of the user's: no falling back to eager execution, no shapes made dynamic by earlier ones.
+    """Captures are no compilations of the user's: no falling back to eager execution, no shapes made dynamic by earlier ones,
+    no stance.
 
     Compiled code leaves marks on tensors that it ran with dynamic shapes; they are set aside meanwhile.
     """
     found = [(leaf, mark) for leaf in leaves for mark in _DYNAMIC_MARKS if mark in getattr(leaf, "__dict__", ())]
     marks = [(leaf, mark, leaf.__dict__.pop(mark)) for leaf, mark in found]
     try:
-        with torch._dynamo.config.patch(suppress_errors=False, automatic_dynamic_shapes=False, assume_static_by_default=True):
+        with (
+            torch._dynamo.config.patch(suppress_errors=False, automatic_dynamic_shapes=False, assume_static_by_default=True),
+            _default_stance(),
+        ):
             yield
     finally:
         for leaf, mark, value in marks:
             setattr(leaf, mark, value)
+
+
+def _default_stance() -> contextlib.AbstractContextManager[Any]:
+    stance = torch._dynamo.eval_frame._stance
+    if stance.stance == "default" and stance.backend is None and not stance.skip_guard_eval_unsafe:
+        return contextlib.nullcontext()  # a stance is one for all threads, so it is not even set anew
+    default: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("default")
+    return default
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +26,7 @@ from attnres_compile.checkpoint.new_tensors import dtype_named
 from attnres_compile.checkpoint.progress import working
 from attnres_compile.checkpoint.structure import build_on_meta
 from attnres_compile.config import AttnResConfig
-from attnres_compile.errors import AttnResError, NoResidualChainError
+from attnres_compile.errors import AttnResError, ConfigError, NoResidualChainError
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ app = typer.Typer(name="attnres", add_completion=False, no_args_is_help=True, pr
 Source = Annotated[Path, typer.Argument(metavar="SRC", help="A Transformers model directory, or its config.json.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model directory ships.")]
+Seed = Annotated[int, typer.Option(help="Of the random inputs.", min=-(2**63), max=2**63 - 1)]
 
 
 _MODEL_HELP = "For models outside Transformers: a function that returns the model, or the model and its example arguments."
@@ -46,7 +49,12 @@ _INPUT_HELP = "With --model: an example argument, such as int64[1,16]; once for 
 
 def main() -> None:
     """Entry point of the console script."""
-    app(prog_name="attnres")
+    try:
+        app(prog_name="attnres")
+    except OSError as error:  # results can't be printed; of closed pipes typer takes care
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would try it again at exit
+        print(f"attnres: error: the results can't be printed: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
 
 
 def _print_version(wanted: bool) -> None:
@@ -74,12 +82,9 @@ def env(as_json: AsJson = False) -> None:
 @app.command()
 def detect(src: Source, as_json: AsJson = False, trust_remote_code: TrustRemoteCode = False) -> None:
     """Show the residual chains that can be rewritten, and why others can't. No weights are needed."""
-    try:
+    with _one_line_errors():
         model = build_on_meta(src, trust_remote_code)
-        with warnings.catch_warnings(action="ignore"):  # torch's advice is for those who run the model
-            report = attnres_compile.detect(model)
-    except AttnResError as error:
-        _fail(str(error), error)
+        report = attnres_compile.detect(model)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:
@@ -116,6 +121,8 @@ def convert(
         files = {"overwrite": overwrite, "dry_run": dry_run}
         if is_state := model is not None or offline_states.is_state(src):
             offline_states.require_plain_options(naming, link, trust_remote_code)
+        elif inputs:
+            raise ConfigError("--input describes the arguments of a model outside Transformers; give --model, too.")
         else:
             files["link"] = link
         if reverse:
@@ -147,7 +154,7 @@ def inspect(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="A Transformers model directory, converted or not.")],
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="A text to run on; random inputs without.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to run on, or as many as the model has positions for.")] = 128,
-    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    seed: Seed = 0,
     per_token: Annotated[bool, typer.Option("--per-token", help="The values of every token too.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a picture, by suffix .png or .svg.")] = None,
     as_json: AsJson = False,
@@ -176,7 +183,7 @@ def compare(
     dst: Annotated[Path, typer.Argument(metavar="DST", help="What it was converted to, or trained into.")],
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="A text to run both on; random inputs without.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to run on, or as many as the model has positions for.")] = 128,
-    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    seed: Seed = 0,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the comparison as a page, with a drawing.")] = None,
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -266,6 +273,10 @@ def _one_line_errors() -> Iterator[None]:
         typer.echo(f"attnres: {error}", err=True)
         raise typer.Exit(NOT_REWRITABLE) from error
     except AttnResError as error:
+        _fail(str(error), error)
+    except BrokenPipeError:
+        raise  # typer ends the command quietly
+    except OSError as error:
         _fail(str(error), error)
 
 

@@ -32,7 +32,8 @@ class AttnResConfig:
         scale: ``"preserve"`` lets the weights of n sources add up to n, so that zero queries give the standard
             residual stream exactly; ``"paper"`` lets them add up to 1.
         key_norm: whether keys carry a learned RMSNorm weight, initialised to one.
-        eps: added to the mean square of a key; ``None`` takes the eps of the norm that reads the site.
+        eps: added to the mean square of a key; ``None`` takes the eps of the norm that reads the site. Less than 1e-12 counts as
+            that, as a source may be zero.
 
     Raises:
         ConfigError: for an unknown value or a contradiction.
@@ -137,5 +138,5 @@ class AttnResConfig:
 
 
 def _require_one_of(name: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ConfigError(f"{name} must be one of {', '.join(map(repr, known))}, not {value!r}.")

@@ -72,7 +72,7 @@ def convert_(
     model, args, kwargs = checked_call(model, args, kwargs)
     program = _dry_run(model, config, args, kwargs)
     report = report_of(program)
-    attach(model, program.config, layout_of(report), *device_and_dtype(model, program))
+    attach(model, AttnResParameters(program.config, layout_of(report), *device_and_dtype(model, program)))
     return report
 
 

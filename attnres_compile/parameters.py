@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,18 +57,32 @@ class AttnResParameters(nn.Module):
         """The identity: a container such as nn.Sequential calls every child, this one too."""
         return x
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What every site holds."""
+        return ("query", "key_norm") if self.config.key_norm else ("query",)
+
     def tensors(self) -> list[Tensor]:
-        """Queries and key-norm weights, site after site: the order of the rewritten graph's extra inputs."""
+        """Queries and key-norm weights, site after site: the order of the rewritten graph's extra inputs.
+
+        Raises:
+            ParameterMismatchError: if there are more or fewer than there should be, or one is no vector of its site's width. A
+                wrong one would broadcast, and compute something else.
+        """
+        sites = getattr(self, "sites", ())
+        if len(sites) != len(self.layout):
+            raise ParameterMismatchError(
+                f"model.attnres holds {len(sites)} sites but was made for {len(self.layout)}; convert the model anew."
+            )
         found: list[Tensor] = []
-        for i, site in enumerate(self.sites):
-            for name in ("query", "key_norm"):
-                if name == "key_norm" and not self.config.key_norm:
-                    continue
+        for i, (site, entry) in enumerate(zip(sites, self.layout, strict=True)):
+            for name in self.names:
                 tensor = getattr(site, name, None)
-                if not isinstance(tensor, Tensor):
+                if problem := _problem(tensor, entry.hidden_size, next(iter(found), tensor)):
                     raise ParameterMismatchError(
-                        f"attnres.sites.{i}.{name} was deleted; load it again, or remove AttnRes and convert anew."
+                        f"attnres.sites.{i}.{name} {problem}; load it again, or remove AttnRes and convert anew."
                     )
+                assert isinstance(tensor, Tensor)
                 found.append(tensor)
         return found
 
@@ -117,13 +132,10 @@ class AttnResParameters(nn.Module):
         """Hold the sites of a captured graph against these parameters.
 
         Raises:
-            ParameterMismatchError: naming the first site that differs.
+            ParameterMismatchError: naming the first site that differs, or the first parameter that is none.
         """
+        self.tensors()
         expected, found = self.layout, layout_of(report)
-        if len(self.sites) != len(expected):
-            raise ParameterMismatchError(
-                f"model.attnres holds {len(self.sites)} sites but was made for {len(expected)}; convert the model anew."
-            )
         if expected == found:
             return
         what = f"The model was converted with {len(expected)} sites; this graph has {len(found)}. {difference(expected, found)}"
@@ -133,20 +145,43 @@ class AttnResParameters(nn.Module):
         )
 
 
-def attach(
-    model: nn.Module,
-    config: AttnResConfig,
-    layout: tuple[SiteLayout, ...],
-    device: torch.device | None,
-    dtype: torch.dtype | None,
-) -> AttnResParameters:
-    """Create ``model.attnres``, and the hooks that refuse to run the model un-rewritten.
+def _problem(tensor: Any, width: int, first: Any) -> str:
+    """Why ``tensor`` can't be the query or key-norm weight of a site that is ``width`` wide, or "" if it can.
+
+    ``first`` is the first of them all.
+    """
+    if not isinstance(tensor, Tensor):
+        return "was deleted"
+    if tensor.shape != (width,):
+        return f"has shape {list(tensor.shape)} instead of [{width}]"
+    if not tensor.is_floating_point():
+        return f"holds {str(tensor.dtype).removeprefix('torch.')}, no floating-point numbers"
+    if tensor.is_meta != first.is_meta:
+        return f"is on {tensor.device}, the first one on {first.device}"
+    return ""
+
+
+def attach(model: nn.Module, parameters: AttnResParameters) -> AttnResParameters:
+    """Make ``parameters`` ``model.attnres``, with hooks that refuse to run the model un-rewritten.
 
     A Transformers model says in the config.json that it saves what was converted.
 
     Raises:
-        ConfigError: if the model has an attribute of that name already, or was loaded from a converted checkpoint without
-            the AttnRes tensors.
+        ConfigError: see :func:`check_unconverted`.
+    """
+    check_unconverted(model)
+    setattr(model, ATTRIBUTE, parameters)
+    model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    model.register_forward_hook(_after_forward)
+    if hasattr(type(model), "save_pretrained") and hasattr(type(model), "config_class"):
+        model.save_pretrained = _SavePretrained(model)  # type: ignore[assignment]
+    return parameters
+
+
+def check_unconverted(model: nn.Module) -> None:
+    """Raises:
+        ConfigError: if the model has an attribute ``attnres`` already, or was loaded from a converted checkpoint without the
+            AttnRes tensors.
     """
     if hasattr(model, ATTRIBUTE):
         raise ConfigError(
@@ -159,13 +194,6 @@ def attach(
             f"converting it again would replace by new ones. Load it with attnres_compile.from_pretrained(path), or delete "
             f"model.config.{CONFIG_KEY} to start from zero queries."
         )
-    parameters = AttnResParameters(config, layout, device, dtype)
-    setattr(model, ATTRIBUTE, parameters)
-    model.register_forward_pre_hook(_before_forward, with_kwargs=True)
-    model.register_forward_hook(_after_forward)
-    if hasattr(type(model), "save_pretrained") and hasattr(type(model), "config_class"):
-        model.save_pretrained = _SavePretrained(model)  # type: ignore[assignment]
-    return parameters
 
 
 class _SavePretrained:
@@ -204,7 +232,9 @@ _local = threading.local()
 
 @dataclasses.dataclass
 class _Call:
-    host: nn.Module
+    """The record of a call whose forward raised stays until the model's next call, and must not keep the model alive."""
+
+    host: weakref.ref[nn.Module]
     rewritten: bool = False
 
 
@@ -217,18 +247,19 @@ def _calls() -> list[_Call]:
 
 def eager_hosts() -> Iterator[nn.Module]:
     """Converted modules whose forward call runs eagerly in this thread right now."""
-    return (call.host for call in _calls())
+    return (host for call in _calls() if (host := call.host()) is not None)
 
 
 def note_execution(host: nn.Module) -> None:
     """To be called whenever the rewritten graph of ``host`` runs."""
     for call in _calls():
-        if call.host is host:
+        if call.host() is host:
             call.rewritten = True
 
 
 def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if torch.compiler.is_compiling():
+    # Not is_compiling(), which is true in every thread while one of them compiles.
+    if torch.compiler.is_dynamo_compiling():
         # Whatever backend compiles this: unless the graph is rewritten, the marker raises when it runs.
         return _mark_first_tensor(args, kwargs)
     _enter(module, is_compiled="forward" in module.__dict__ or dynamo_is_active())
@@ -236,7 +267,7 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         _leave(module)
 
 
@@ -255,15 +286,15 @@ def _enter(module: nn.Module, is_compiled: bool) -> None:
             "attnres_compile.rewrite(model, ...)."
         )
     calls = _calls()
-    calls[:] = [call for call in calls if call.host is not module]
-    calls.append(_Call(module))
+    calls[:] = [call for call in calls if call.host() not in (None, module)]
+    calls.append(_Call(weakref.ref(module)))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _leave(module: nn.Module) -> None:
     calls = _calls()
-    mine = [call for call in calls if call.host is module]
-    calls[:] = [call for call in calls if call.host is not module]
+    mine = [call for call in calls if call.host() is module]
+    calls[:] = [call for call in calls if call.host() is not module]
     # No record at all: the model was converted in the middle of this very call, by the backend that rewrote it.
     if mine and not any(call.rewritten for call in mine):
         raise NotRewrittenError(

@@ -137,7 +137,7 @@ def merge_forward(
     """Adds a sublayer's output to the partial sum of its block and merges that with the completed blocks.
 
     ``total = partial + branch`` has the score ``s = (weight . total) r`` with ``r = rsqrt(mean(total^2) + eps)``. With
-    ``m = sigmoid(s - lse)`` the read is ``h = scale (mixed + m (total - mixed))``, online softmax over one more source
+    ``m = sigmoid(s - lse)`` the read is ``h = scale ((1 - m) mixed + m total)``, online softmax over one more source
     (section "Block AttnRes", phase 2); ``y`` is h under the sublayer's own norm. Arithmetic is float32; total and y are
     rounded once each.
 
@@ -155,7 +155,7 @@ def merge_forward(
         norm_eps: the norm's own eps.
 
     Returns:
-        total (``partial`` itself without a branch), y, and statistics ``[3 + k, T]`` float32: m, s, r, then the inverse rms
+        total (``partial`` itself without a branch), y, and statistics ``[3 + k, T]`` float32: s - lse, s, r, then the inverse rms
         of h (k = 1) or its mean and inverse standard deviation (k = 2).
     """
     arguments = _forward_arguments(partial, branch, mixed, lse, weight, eps, scale, norm, norm_weight, norm_bias, norm_eps)

@@ -132,18 +132,19 @@ def forward(
     inverse_rms = tl.rsqrt(square / D + eps)
     score = product * inverse_rms
     m = tl.sigmoid(score - earlier)
-    tl.store(stats + row, m, mask=present)
+    rest = tl.sigmoid(earlier - score)
+    tl.store(stats + row, score - earlier, mask=present)
     tl.store(stats + tokens + row, score, mask=present)
     tl.store(stats + 2 * tokens + row, inverse_rms, mask=present)
 
     if NORM == "layer":
-        mean = scale * (sum_o + m * (sum_x - sum_o)) / D
+        mean = scale * (rest * sum_o + m * sum_x) / D
         tl.store(stats + 3 * tokens + row, mean, mask=present)
     squares = tl.zeros([TOKENS, WIDTH], tl.float32)
     all_h = ()
     for start in tl.static_range(0, D, WIDTH):
         o = all_o[start // WIDTH].to(tl.float32)
-        h = scale * (o + m[:, None] * (all_x[start // WIDTH].to(tl.float32) - o))
+        h = scale * (rest[:, None] * o + m[:, None] * all_x[start // WIDTH].to(tl.float32))
         if NORM == "layer":
             h = h - mean[:, None]
             if start + WIDTH > D:
@@ -202,7 +203,9 @@ def backward(
         all_o = _load_all(mixed, row, tokens, D, TOKENS, WIDTH, REREAD)
         if grad_total is not None:
             incoming = _load_all(grad_total, row, tokens, D, TOKENS, WIDTH, False)
-        m = tl.load(stats + row, mask=present, other=0.0)
+        excess = tl.load(stats + row, mask=present, other=0.0)
+        m = tl.sigmoid(excess)
+        rest = tl.sigmoid(-excess)
         score = tl.load(stats + tokens + row, mask=present, other=0.0)
         inverse_rms = tl.load(stats + 2 * tokens + row, mask=present, other=0.0)
         if NORM == "rms":
@@ -223,11 +226,12 @@ def backward(
         for start in tl.static_range(0, D, WIDTH):
             d = all_d[start // WIDTH].to(tl.float32)
             o = all_o[start // WIDTH].to(tl.float32)
-            e = all_x[start // WIDTH].to(tl.float32) - o
+            x = all_x[start // WIDTH].to(tl.float32)
+            e = x - o
             if norm_bias is not None:
                 next_db += (db[start // WIDTH] + d,)
             if NORM != "":
-                z = scale * (o + m[:, None] * e)
+                z = scale * (rest[:, None] * o + m[:, None] * x)
                 if NORM == "layer":
                     z = z - mean[:, None]
                 z = z * inverse[:, None]
@@ -256,7 +260,7 @@ def backward(
             toward = scale * inverse * (sum_de - mean_dz * sum_ze - mean_d * sum_e)
         else:
             toward = scale * tl.sum(sums_de, 1)
-        d_score = m * (1.0 - m) * toward
+        d_score = m * rest * toward
         tl.store(grad_lse + row, -d_score, mask=present)
         along_w = d_score * inverse_rms
         along_x = d_score * score * inverse_rms * inverse_rms / D
@@ -274,13 +278,13 @@ def backward(
             if norm_weight is not None:
                 d = d * _features(norm_weight, start, D, TOKENS, WIDTH)
             if NORM != "":
-                z = scale * (o + m[:, None] * (x - o))
+                z = scale * (rest[:, None] * o + m[:, None] * x)
                 if NORM == "layer":
                     z = z - mean[:, None]
                     d = d - mean_d[:, None]
                 d = (d - z * (inverse * mean_dz)[:, None]) * inverse[:, None]
             d = scale * d
-            _store(grad_mixed, (1.0 - m)[:, None] * d, start, row, tokens, D, TOKENS, WIDTH)
+            _store(grad_mixed, rest[:, None] * d, start, row, tokens, D, TOKENS, WIDTH)
             dx = m[:, None] * d + along_w[:, None] * _features(weight, start, D, TOKENS, WIDTH) - along_x[:, None] * x
             if grad_total is not None:
                 dx += incoming[start // WIDTH].to(tl.float32)

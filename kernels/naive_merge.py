@@ -20,7 +20,10 @@ def merge_forward(
     partial: Tensor, branch: Tensor | None, mixed: Tensor, lse: Tensor, weight: Tensor, eps: float, scale: float,
     norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """``h = scale * (mixed + m (total - mixed))`` with ``m = sigmoid(s - lse)`` (section "Two-phase computation").
+    """``h = scale * ((1 - m) mixed + m total)`` with ``m = sigmoid(s - lse)`` (section "Two-phase computation").
+
+    Not ``mixed + m (total - mixed)``, in which a small total drowns beside a large mixture; ``1 - m`` is ``sigmoid(lse - s)`` for
+    the same reason.
 
     Args:
         partial: ``[..., D]``, the partial sum of the block.
@@ -33,17 +36,18 @@ def merge_forward(
 
     Returns:
         ``total = partial + branch`` (``partial`` itself without a branch), the norm of h, both ``[..., D]`` in the storage
-        dtype, and what the backward pass wants to know again, ``[T]`` each: m, s, the inverse rms of the total, then of the norm
-        the mean ("layer") and the inverse deviation ("rms", "layer").
+        dtype, and what the backward pass wants to know again, ``[T]`` each: s - lse, s, the inverse rms of the total, then of the
+        norm the mean ("layer") and the inverse deviation ("rms", "layer").
     """
     compute = compute_dtype(mixed.dtype)
     total = partial if branch is None else partial + branch
     x, o = rows(total).to(compute), rows(mixed).to(compute)
     inverse_rms = torch.rsqrt(x.square().mean(-1) + eps)
     score = (x * weight).sum(-1) * inverse_rms
-    share = torch.sigmoid(score - lse)
-    h = scale * (o + share.unsqueeze(-1) * (x - o))
-    stats = [share, score, inverse_rms]
+    excess = score - lse
+    m, rest = torch.sigmoid(excess).unsqueeze(-1), torch.sigmoid(-excess).unsqueeze(-1)
+    h = scale * (rest * o + m * x)
+    stats = [excess, score, inverse_rms]
     if norm == "layer":
         mean = h.mean(-1)
         h = h - mean.unsqueeze(-1)
@@ -75,15 +79,16 @@ def merge_backward(
     """
     compute = compute_dtype(mixed.dtype)
     width = total.shape[-1]
-    share, score, inverse_rms, *of_norm = stats
+    excess, score, inverse_rms, *of_norm = stats
     x, o, grad = rows(total).to(compute), rows(mixed).to(compute), rows(grad_y).to(compute)
-    m = share.unsqueeze(-1)
+    share, remainder = torch.sigmoid(excess), torch.sigmoid(-excess)
+    m, rest = share.unsqueeze(-1), remainder.unsqueeze(-1)
     step = scale * (x - o)  # dh / dm
     d = grad if norm_weight is None else grad * norm_weight.to(compute)
     grad_norm_weight = grad_norm_bias = None
     if norm:
         inverse = of_norm[-1]
-        h = scale * o + m * step
+        h = scale * (rest * o + m * x)
         normed = (h - of_norm[0].unsqueeze(-1) if norm == "layer" else h) * inverse.unsqueeze(-1)
         along = (normed * d).sum(-1) / width
         toward = (d * step).sum(-1) - along * (normed * step).sum(-1)
@@ -99,13 +104,13 @@ def merge_backward(
             grad_norm_bias = sum_over_tokens(grad).to(norm_bias.dtype)
     else:
         toward, dh = (d * step).sum(-1), d
-    grad_score = share * (1 - share) * toward
+    grad_score = share * remainder * toward
     along_weight = grad_score * inverse_rms
     along_x = along_weight * score * inverse_rms / width
     grad_x = (scale * m) * dh + along_weight.unsqueeze(-1) * weight - along_x.unsqueeze(-1) * x
     if grad_total is not None:
         grad_x = grad_x + rows(grad_total).to(compute)
-    grad_mixed = (scale - scale * m) * dh
+    grad_mixed = (scale * rest) * dh
     grad_weight = sum_over_tokens(along_weight.unsqueeze(-1) * x)
     return (
         grad_x.to(total.dtype).view(total.shape),

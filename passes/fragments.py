@@ -24,7 +24,9 @@ class Fragment:
 
 def find_fragments(index: GraphIndex, candidates: list[Candidate]) -> dict[int, Fragment]:
     """Every candidate that holds at most two thirds of a stream which operations that are no adds cut more than once."""
-    with_sites = [candidate for candidate in candidates if candidate.num_sites]
+    # What forks off a stream by an add is not cut off.
+    carried = {value for candidate in candidates for value in candidate.trunk.values[1:]}
+    with_sites = [c for c in candidates if c.num_sites and index.peel(c.trunk.root)[0] not in carried]
     joined = _joined_by_skips(index, with_sites)
     members = {id(c): sum(index.bit(add.node) for add in c.trunk.adds) for c in with_sites}
     found = {}

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from torch.fx import Graph, Node
 
+from attnres_compile.passes.modes import Modes
 from attnres_compile.patterns.mutation import memory_of, written_tensors
 from attnres_compile.patterns.norms import normalised_input
 from attnres_compile.patterns.operations import is_float_tensor, name_of, reads_only_metadata
@@ -23,6 +24,7 @@ class GraphIndex:
     def __init__(self, graph: Graph, parameters: frozenset[str]) -> None:
         self.nodes = list(graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
+        self.modes = Modes(graph)
         self.parameters = parameters
         self.ancestors: dict[Node, int] = {}
         self.readers: dict[Node, list[Node]] = {node: [] for node in self.nodes}

@@ -28,6 +28,7 @@ from attnres_compile.patterns.residual import keeps_elements
 from attnres_compile.plan import AttnResPlan, SitePlan
 
 DEFAULT_EPS = 1e-6
+LEAST_EPS = 1e-12  # a source may be zero, where a sublayer's last weight is, and its key must not be zero times infinity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +173,7 @@ class _ChainRewriter:
             sources.append(self._sum(self.running))
         scale = float(len(sources)) if self.config.scale == "preserve" else 1.0
         eps = self.config.eps if self.config.eps is not None else read.eps if read.eps is not None else DEFAULT_EPS
+        eps = max(eps, LEAST_EPS)
         if read.path:  # features lie elsewhere in the stream's own layout, so every source takes the readers' way
             self.place = read.stream
             sources = [self._relaid(source, read.path) for source in sources]

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from attnres_compile.chain import ResidualAdd
 from attnres_compile.passes.graph_index import GraphIndex
+from attnres_compile.passes.reads import reads_of
 from attnres_compile.patterns.operations import same_shape
 from attnres_compile.patterns.residual import Sum, is_equal_shape_sum, match_sum
 
@@ -52,15 +53,28 @@ def find_trunks(index: GraphIndex) -> tuple[list[Trunk], list[Node]]:
             steps = [dataclasses.replace(complete[child], path=())]
             while children.get(steps[-1].node):
                 steps.append(complete[_tallest(index, children[steps[-1].node], height)])
-            while len(steps) > 1 and _is_free_of_parameters(index, steps[0]):
-                steps[:2] = [dataclasses.replace(steps[1], path=())]
-            trunks.append(Trunk(steps[0].skip, tuple(steps)))
+            trunks.append(_without_embedding(index, steps))
     return trunks, [node for node in others if node not in adds]
 
 
 def _tallest(index: GraphIndex, adds: list[Node], height: dict[Node, int]) -> Node:
     """Where the stream goes on at a fork: of equal ones at the last, which may be computed from the others."""
     return max(adds, key=lambda add: (height[add], index.position[add]))
+
+
+def _without_embedding(index: GraphIndex, steps: list[ResidualAdd]) -> Trunk:
+    """The trunk of ``steps`` without the adds at its beginning that belong to the embedding."""
+    rest = steps
+    while len(rest) > 1 and (
+        _is_free_of_parameters(index, rest[0]) or (rest is not steps and _is_from_outside(index, rest[0]))
+    ):
+        rest = [dataclasses.replace(rest[1], path=()), *rest[2:]]
+    return Trunk(rest[0].skip, tuple(rest))
+
+
+def _is_from_outside(index: GraphIndex, add: ResidualAdd) -> bool:
+    """Whether the branch has nothing to do with the stream that it is added to."""
+    return not index.ancestors[add.branch] & index.bit(index.peel(add.skip)[0])
 
 
 def _is_free_of_parameters(index: GraphIndex, add: ResidualAdd) -> bool:
@@ -105,10 +119,17 @@ def _residual_adds(index: GraphIndex) -> tuple[dict[Node, ResidualAdd], dict[Nod
         if index.behind(left) is index.behind(right):
             others[node] = total  # one value scaled twice, as in x * a + x.detach() * (1 - a)
             continue
+        if _is_difference(index, left, right, total.right_scale) or _is_difference(index, right, left, total.left_scale):
+            others[node] = total
+            continue
         left_is_skip = bool(ancestors[right] & past[left])
         right_is_skip = bool(ancestors[left] & past[right])
         if left_is_skip and right_is_skip:
             left_is_skip, right_is_skip = _resolve(index, adds, left, right)
+        elif left_is_skip != right_is_skip:
+            skip, other = (left, right) if left_is_skip else (right, left)
+            if _is_injection(index, adds, other, skip):
+                left_is_skip, right_is_skip = right_is_skip, left_is_skip
         # A stream that is itself scaled by the sum (x - alpha f has a scaled branch, alpha x does not occur) stays out.
         if left_is_skip and not right_is_skip and total.left_scale == 1.0:
             adds[node] = ResidualAdd(node, left, right, total.right_scale)
@@ -117,6 +138,11 @@ def _residual_adds(index: GraphIndex) -> tuple[dict[Node, ResidualAdd], dict[Nod
         else:
             others[node] = total
     return adds, others
+
+
+def _is_difference(index: GraphIndex, left: Node, right: Node, right_scale: float) -> bool:
+    """Whether an earlier value of the stream is taken from a later one: what lies between them, and no stream."""
+    return right_scale < 0 and bool(index.linear_past[left] & index.bit(index.peel(right)[0]))
 
 
 def _resolve(index: GraphIndex, adds: dict[Node, ResidualAdd], left: Node, right: Node) -> tuple[bool, bool]:
@@ -129,6 +155,25 @@ def _resolve(index: GraphIndex, adds: dict[Node, ResidualAdd], left: Node, right
     if right_inside_left != left_inside_right:
         return right_inside_left, left_inside_right
     return False, False
+
+
+def _is_injection(index: GraphIndex, adds: dict[Node, ResidualAdd], stream: Node, value: Node) -> bool:
+    """Whether ``stream + value`` adds something from outside to a stream, some branch of which has read ``value`` before.
+
+    The other reading of that sum is a branch of ``value`` that holds a stream of its own. Such a stream begins with what is
+    computed from ``value``, and where nothing but ``value`` came before, with its norm.
+    """
+    root = index.peel(stream)[0]
+    if root not in adds:
+        return False
+    source = index.peel(value)[0]
+    before = index.ancestors[root]
+    while root in adds:
+        root = index.peel(adds[root].skip)[0]
+    if not index.ancestors[root] & index.linear_past[value]:
+        return True
+    groups = reads_of(index, source, None).groups if source not in adds else ()
+    return any(not group.is_invariant and any(before & index.bit(node) for node in group.nodes) for group in groups)
 
 
 def _adopt_injections(index: GraphIndex, adds: dict[Node, ResidualAdd], others: dict[Node, Sum]) -> None:

@@ -108,10 +108,26 @@ def _reason_against(
         return (
             f"the stream, or a branch after its residual add, is overwritten in place by {name_of(written)!r} at {written.name!r}"
         )
+    stopped = _first_without_gradients(index, candidate)
+    if stopped is not None:
+        return (
+            f"gradients are switched off in mid-stream, at {stopped.name!r}: sources from before would pass gradients on that "
+            "the model stops there"
+        )
     fragment = fragments.get(id(candidate))
     if fragment is not None:
         return f"the stream is fragmented: {fragment.cut} lies on it, with {count} of {fragment.total} residual adds on one side"
     return next((cut.reason for cut in breaks.over_depth if width_of(cut.node) == width_of(adds[0].node)), None)
+
+
+def _first_without_gradients(index: GraphIndex, candidate: Candidate) -> Node | None:
+    """The first add under ``torch.no_grad()`` behind a source that was made outside of it."""
+    some_have = not index.modes.is_without_gradients(candidate.trunk.root)
+    for add in candidate.trunk.adds:
+        if some_have and index.modes.is_without_gradients(add.node):
+            return add.node
+        some_have |= not index.modes.is_without_gradients(add.node)
+    return None
 
 
 def _first_write(index: GraphIndex, candidate: Candidate) -> Node | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 
 from torch.fx import Node
@@ -26,7 +27,9 @@ def reductions_elsewhere(edges: Collection[tuple[Node, Node]], images: Images, c
     ``edges`` are the component's reads of the stream's ``images``, each of which maps to the image that it was made from.
     """
     features = {_feature_dimension(value, images) for value, _ in edges}
-    if len(features) != 1 or None in features:
+    # A value divided by the size of a part of it is normalised by the features of others.
+    sizes = {str(math.prod(shape_of(value) or ())) for value, _ in edges}  # as text, since symbolic sizes have no hash
+    if len(features) != 1 or None in features or len(sizes) != 1:
         return tuple(user for _, user in edges)
     feature = features.pop()
     assert feature is not None
@@ -42,11 +45,17 @@ def reductions_elsewhere(edges: Collection[tuple[Node, Node]], images: Images, c
         if (
             (name in _OVER_CHANNELS and feature % rank != 1)
             or (name in _OVER_SPACE and feature % rank < 2)
-            or (name in _OVER_LAST and feature != -1)
+            or (name in _OVER_LAST and (feature != -1 or _normalises_several(node)))
             or (name in _REDUCTIONS and rank in ranks and feature not in _reduced(node, rank))
         ):
             found.append(node)
     return tuple(found)
+
+
+def _normalises_several(node: Node) -> bool:
+    """Whether a fused norm goes over more dimensions than the last."""
+    shape = argument(node, 1, "normalized_shape")
+    return isinstance(shape, (tuple, list)) and len(shape) > 1
 
 
 def _pools(node: Node, component: Collection[Node]) -> bool:

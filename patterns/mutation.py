@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
 from collections.abc import Hashable, Iterable
 from typing import Any
@@ -30,7 +32,7 @@ def written_tensors(node: Node) -> tuple[Node, ...]:
             for i, argument in enumerate(schema)
             if argument.alias_info is not None and argument.alias_info.is_write
         ]
-    elif target in _OPERATORS or _is_named_in_place(node) or node.kwargs.get("inplace") is True:
+    elif target in _OPERATORS or _is_named_in_place(node) or _is_told_in_place(node):
         written = list(node.args[:1])
     if "out" in node.kwargs:
         written.append(node.kwargs["out"])
@@ -46,6 +48,23 @@ def _is_named_in_place(node: Node) -> bool:
         return False
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     return name.endswith("_") and not name.endswith("__")
+
+
+def _is_told_in_place(node: Node) -> bool:
+    """Whether a function such as ``relu(x, inplace=True)`` got its flag, by name or by position."""
+    if "inplace" in node.kwargs:
+        return bool(node.kwargs["inplace"])
+    position = _position_of_flag(node.target) if node.op == "call_function" else None
+    return position is not None and position < len(node.args) and bool(node.args[position])
+
+
+@functools.cache
+def _position_of_flag(function: Any) -> int | None:
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # of torch's own C functions none has such a flag
+        return None
+    return names.index("inplace") if "inplace" in names else None
 
 
 def memory_of(value: Node) -> Hashable:

@@ -72,8 +72,8 @@ def _is_not_broadcast(operand: Node, node: Node) -> bool:
 def transparent_source(node: Node, depends_on_stream: Callable[[Node, Node], bool]) -> Node | None:
     """The one tensor that ``node`` passes through, if ``node`` is linear in it and acts on each feature vector alone.
 
-    Transparent are casts, relayouts, slices, idle dropout and scaling by a factor that has nothing to do with the stream
-    (``depends_on_stream(factor, value)`` is False).
+    Transparent are casts, relayouts, slices, idle dropout, and scaling or masking by a factor that has nothing to do with the
+    stream (``depends_on_stream(factor, value)`` is False).
     """
     if not is_call(node) or "out" in node.kwargs or not is_float_tensor(node) or not node.args:
         return None
@@ -91,6 +91,8 @@ def transparent_source(node: Node, depends_on_stream: Callable[[Node, Node], boo
             return first
         if name == "mul" and is_float_tensor(second) and _is_scaled_by(node, second, first, depends_on_stream):
             return second
+    if name == "masked_fill" and argument(node, 2, "value") == 0 and is_float_tensor(first):
+        return first if _is_scaled_by(node, first, argument(node, 1, "mask"), depends_on_stream) else None
     return None
 
 

@@ -11,7 +11,7 @@ if not Path("/dev/nvidiactl").exists() and not Path("/dev/kfd").exists():
 ROOT = Path(__file__).resolve().parent.parent
 # On sys.path, the root would let our kernels/ pass for the package `kernels` that Transformers imports.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "tests" / "zoo")]
+sys.path[:0] = [str(ROOT / "tests" / name) for name in ("support", "zoo", "fuzz")]
 
 import hypothesis
 import pytest

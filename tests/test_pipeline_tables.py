@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from attnres_compile.pipelining.plan import PipelinePlan
 from attnres_compile.pipelining.shapes import ModelShape, plan_from_shape
 from attnres_compile.pipelining.simulation import Link
-from attnres_compile.pipelining.tables import bytes_text, explain, explain_step, explain_sweep, labels_text, seconds_text
+from attnres_compile.pipelining.step_tables import explain_step, explain_sweep
+from attnres_compile.pipelining.tables import explain
 from attnres_compile.pipelining.timeline import simulate_step, simulate_sweep
+from attnres_compile.pipelining.wording import bytes_text, labels_text, seconds_text
 
 HIDDEN = 2**17  # so that a value of one token in float32 has half a MiB
 

@@ -18,7 +18,7 @@ from attnres_compile.checkpoint.states import open_state
 from attnres_compile.checkpoint.structure import check_depth, model_class, quietly, transformers_config
 from attnres_compile.errors import CheckpointError, ConfigError
 from attnres_compile.layout import CONFIG_KEY, StoredConversion
-from attnres_compile.parameters import attach
+from attnres_compile.parameters import AttnResParameters, attach
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def _load_state(state: StateFile, model: nn.Module | Factory) -> nn.Module:
             f"{state.path}: {len(missing)} of the {len(own)} AttnRes tensors are missing, the first is {prefix + missing[0]}; "
             "convert the original checkpoint anew."
         )
-    attach(module, stored.config, stored.layout, *_first_float(module))
+    attach(module, AttnResParameters(stored.config, stored.layout, *_first_float(module)))
     tensors = state.read([prefix + name for name in module.state_dict()])
     try:
         module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
@@ -197,7 +197,7 @@ def _attach(
                 "config.json was edited, or the model's code has changed."
             )
     device, dtype = _first_float(model)
-    parameters = attach(owner, stored.config, stored.layout, device, dtype)
+    parameters = attach(owner, AttnResParameters(stored.config, stored.layout, device, dtype))
     cast = kwargs.get("dtype", kwargs.get("torch_dtype", "auto")) not in (None, "auto")
     for holder, entry in zip(parameters.sites, names, strict=True):
         for attribute, name in (("query", entry.query), ("key_norm", entry.key_norm)):

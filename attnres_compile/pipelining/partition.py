@@ -24,6 +24,7 @@ from attnres_compile.rewritten import RewrittenModule
 from attnres_compile.transport import CutValue, folded, looped, plan_transport
 
 PLACEMENTS = ("looped", "folded")
+_MOST_STAGES = 2**16  # that are counted out before the model is looked at
 TRANSPORTS = ("cached", "naive")
 
 
@@ -80,6 +81,8 @@ def stage_placement(ranks: int, virtual: int, placement: str) -> tuple[int, ...]
     for name, number in (("ranks", ranks), ("virtual", virtual)):
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise ConfigError(f"{name} must be a whole number above zero, not {number!r}.")
+    if ranks * virtual > _MOST_STAGES:
+        raise ConfigError(f"{ranks} ranks with {virtual} stages each are more stages than any model has sublayers.")
     if placement not in PLACEMENTS:
         raise ConfigError(f"placement must be one of {', '.join(PLACEMENTS)}, not {placement!r}.")
     if placement == "folded" and virtual != 2:

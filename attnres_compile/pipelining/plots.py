@@ -14,8 +14,8 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
 
 from attnres_compile.pipelining.simulation import Computation, Timeline
-from attnres_compile.pipelining.tables import seconds_text
 from attnres_compile.pipelining.timeline import SimulatedStep, StepComparison, Sweep
+from attnres_compile.pipelining.wording import seconds_text
 
 __all__ = ["check_format", "cost_over_ranks", "overview", "save", "timelines"]
 

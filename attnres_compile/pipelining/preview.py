@@ -13,7 +13,7 @@ from attnres_compile.pipelining.orders import placement_of
 from attnres_compile.pipelining.plan import PipelinePlan
 from attnres_compile.pipelining.simulation import Link
 from attnres_compile.pipelining.sources import planner_of
-from attnres_compile.pipelining.tables import explain_step, explain_sweep
+from attnres_compile.pipelining.step_tables import explain_step, explain_sweep
 from attnres_compile.pipelining.timeline import StepComparison, Sweep, forward_seconds, simulate_step, simulate_sweep
 
 SWEPT_RANKS = (2, 4, 8, 16, 32, 64)

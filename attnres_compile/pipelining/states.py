@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -11,11 +11,15 @@ from torch.distributed.fsdp import FSDPModule
 from attnres_compile.errors import ConfigError
 from attnres_compile.pipelining.plan import PipelinePlan
 
-if TYPE_CHECKING:
-    from attnres_compile.pipeline import BlockCacheStage
+
+class _Stage(Protocol):
+    """What of a :class:`attnres_compile.BlockCacheStage` is read here."""
+
+    plan: PipelinePlan
+    stage_index: int
 
 
-def rank_module(stages: Iterable[BlockCacheStage]) -> nn.Module:
+def rank_module(stages: Iterable[_Stage]) -> nn.Module:
     """One module that holds the parameters and buffers of ``stages``, all those of a rank, under the model's names.
 
     It computes nothing. ``rank_module(stages).parameters()`` is for the optimizer. Its state dict and the optimizer's, as

@@ -111,9 +111,10 @@ def reference(data: Data, case: Case, total: Tensor) -> tuple[Tensor, Tensor, tu
     x, o, lse, weight, norm_weight, norm_bias = leaves
     inverse_rms = torch.rsqrt(x.square().mean(-1) + EPS)
     score = (x * weight).sum(-1) * inverse_rms
-    m = torch.sigmoid(score - lse.view(score.shape)).unsqueeze(-1)
+    excess = score - lse.view(score.shape)
+    m = torch.sigmoid(excess).unsqueeze(-1)
     y = h = case.scale * (o + m * (x - o))
-    stats = [m.squeeze(-1), score, inverse_rms]
+    stats = [excess, score, inverse_rms]
     if case.norm == "rms":
         stats.append(torch.rsqrt(h.square().mean(-1) + case.norm_eps))
         y = h * stats[-1].unsqueeze(-1)

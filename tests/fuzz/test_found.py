@@ -1,0 +1,201 @@
+"""What random networks, and modules written beside them, found wrong: each once, as small as it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import attnres_compile as ac
+
+WIDTH, LAYERS = 8, 6
+Layer = Callable[["Stack", int, Tensor, Tensor, list[Tensor]], Tensor]
+
+
+class Stack(nn.Module):
+    """Patches ``[2, 5, 3]`` and a condition ``[2, 5, D]`` through layers that a function describes, to a final norm."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.layer = layer
+        self.embed, self.project, self.final = nn.Linear(3, WIDTH), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(LAYERS))
+        self.maps = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.double()
+
+    def branch(self, i: int, x: Tensor) -> Tensor:
+        result: Tensor = self.maps[i](self.norms[i](x))
+        return result
+
+    def forward(self, patches: Tensor, side: Tensor) -> tuple[Tensor, ...]:
+        aux: list[Tensor] = []
+        x = self.embed(patches)
+        for i in range(LAYERS):
+            x = self.layer(self, i, x, side, aux)
+        return (self.final(x), *aux)
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(2, 5, 3, dtype=torch.float64), torch.randn(2, 5, WIDTH, dtype=torch.float64)
+
+
+def chains_of(model: nn.Module) -> list[tuple[str, int, int]]:
+    return [(chain.kind, chain.num_sublayers, chain.num_sites) for chain in ac.detect(model, args=inputs()).chains]
+
+
+def is_refused_or_preserved(model: Stack) -> bool:
+    """Whether ``model`` is refused, or computes what it computed, gradients included."""
+    try:
+        rewritten = ac.rewrite(model, ac.AttnResConfig(variant="full"), args=inputs())
+    except ac.NoResidualChainError:
+        return True
+    found, expected = rewritten(*inputs()), model(*inputs())
+    if not all(torch.allclose(f, e, rtol=1e-12, atol=1e-12) for f, e in zip(found, expected, strict=True)):
+        return False
+    weights = torch.linspace(-1, 1, expected[0].numel(), dtype=torch.float64).view_as(expected[0])
+    parameters = list(model.parameters())
+    gradients = [torch.autograd.grad((out[0] * weights).sum(), parameters, allow_unused=True) for out in (found, expected)]
+    return all(
+        torch.allclose(torch.zeros(()).double() if f is None else f, torch.zeros(()).double() if e is None else e, atol=1e-11)
+        for f, e in zip(*gradients, strict=True)
+    )
+
+
+def _conditioned(model: Stack, i: int, x: Tensor, side: Tensor, aux: list[Tensor]) -> Tensor:
+    x = x + model.branch(i, x) * side
+    return x + side if i == 3 else x
+
+
+def test_a_condition_that_branches_read_and_the_stream_takes_up() -> None:
+    """The condition was taken for the stream, and the stream so far for a branch of it."""
+    assert chains_of(Stack(_conditioned)) == [("prenorm", LAYERS, LAYERS)]
+
+
+class Rounded(Stack):
+    """Rounded embeddings, and another embedding added to them."""
+
+    def forward(self, patches: Tensor, side: Tensor) -> tuple[Tensor, ...]:
+        x = self.embed(patches)
+        x = x + (x.round() - x).detach()
+        x = x + self.project(side)
+        for i in range(LAYERS):
+            x = x + self.branch(i, x)
+        return (self.final(x),)
+
+
+def test_embeddings_rounded_straight_through_and_summed() -> None:
+    """The second embedding was counted as a sublayer: sums of embeddings are one source."""
+    assert chains_of(Rounded(_conditioned)) == [("prenorm", LAYERS, LAYERS)]
+
+
+def _transposed_at_last(model: Stack, i: int, x: Tensor, side: Tensor, aux: list[Tensor]) -> Tensor:
+    b = model.branch(i, x)
+    return x + b if i < LAYERS - 1 else (x.transpose(1, 2) + b.transpose(1, 2)).transpose(1, 2)
+
+
+class Pooled(Stack):
+    """The final norm reads the average of the tokens."""
+
+    def forward(self, patches: Tensor, side: Tensor) -> tuple[Tensor, ...]:
+        x = self.embed(patches)
+        for i in range(LAYERS):
+            x = _transposed_at_last(self, i, x, side, [])
+        return (self.final(x.mean(1)),)
+
+
+@pytest.mark.parametrize("model_class", [Stack, Pooled])
+def test_the_final_norm_reads_a_sum_in_another_layout(model_class: type[Stack]) -> None:
+    """No site: the path of a following add would say where the features are. The report names the read."""
+    report = ac.detect(model_class(_transposed_at_last), args=inputs())
+    assert [(chain.num_sublayers, chain.num_sites) for chain in report.chains] == [(LAYERS, LAYERS - 1)]
+    (refusal,) = report.refusals
+    assert (refusal.subject, refusal.module) == ("read", "final")
+    assert "normalises another dimension than its last (layer_norm): it keeps the plain sum" in refusal.reason
+
+
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda b: F.relu(b, True),
+    "silu": lambda b: F.silu(b, True),
+    "leaky_relu": lambda b: F.leaky_relu(b, 0.1, True),
+    "hardtanh": lambda b: F.hardtanh(b, -0.1, 0.1, True),
+    "dropout": lambda b: F.dropout(b, 0.999999, True, True),
+    "threshold": lambda b: F.threshold(b, 0.1, 20.0, True),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_a_branch_overwritten_by_a_positional_flag(name: str) -> None:
+    """``F.relu(b, True)`` behind the add was not seen as a write into a source of all later sites."""
+
+    def layer(model: Stack, i: int, x: Tensor, side: Tensor, aux: list[Tensor]) -> Tensor:
+        b = model.branch(i, x)
+        x = x + b
+        aux.append(IN_PLACE[name](b))
+        return x
+
+    model = Stack(layer)
+    with torch.no_grad():
+        try:
+            rewritten = ac.rewrite(model, ac.AttnResConfig(variant="full"), args=inputs())
+        except ac.NoResidualChainError as error:
+            assert "place" in str(error)
+        else:
+            torch.testing.assert_close(rewritten(*inputs())[0], model(*inputs())[0], rtol=1e-12, atol=1e-12)
+
+
+def _frozen_below(model: Stack, i: int, x: Tensor, side: Tensor, aux: list[Tensor]) -> Tensor:
+    if i < 2:
+        with torch.no_grad():
+            return x + model.branch(i, x)
+    return x + model.branch(i, x)
+
+
+def test_layers_under_no_grad_cut_the_gradient_of_the_stream() -> None:
+    """Sites above read the embedding past the layers, and gave it a gradient that the model does not."""
+    assert is_refused_or_preserved(Stack(_frozen_below))
+
+
+def _over_tokens_too(model: Stack, i: int, x: Tensor, side: Tensor, aux: list[Tensor]) -> Tensor:
+    return x + model.maps[i](F.layer_norm(x, (5, WIDTH)))
+
+
+def _by_the_first_token(model: Stack, i: int, x: Tensor, side: Tensor, aux: list[Tensor]) -> Tensor:
+    return x + model.maps[i](x / (x[:, :1].norm(dim=-1, keepdim=True) + 1e-6))
+
+
+@pytest.mark.parametrize(
+    "layer", [_over_tokens_too, _by_the_first_token], ids=["layer norm over tokens too", "by the first token"]
+)
+def test_norms_over_more_than_the_features(layer: Layer) -> None:
+    """They normalise no feature vector by itself, as GroupNorm over pixels does not."""
+    assert chains_of(Stack(layer)) == []
+
+
+def _sum_given_out(model: Stack, i: int, x: Tensor, side: Tensor, aux: list[Tensor]) -> Tensor:
+    b = model.branch(i, x)
+    aux.append((x + b).detach())
+    return x + b
+
+
+def _difference_normed(model: Stack, i: int, x: Tensor, side: Tensor, aux: list[Tensor]) -> Tensor:
+    y = x + model.branch(i, x)
+    aux.append(F.layer_norm(y - x, (WIDTH,)))
+    return y
+
+
+@pytest.mark.parametrize("layer", [_sum_given_out, _difference_normed], ids=["the sum computed twice", "the difference normed"])
+def test_sums_beside_the_stream(layer: Layer) -> None:
+    """Sums that nothing carries on are readers, and no fragments of the stream."""
+    assert chains_of(Stack(layer)) == [("prenorm", LAYERS, LAYERS)]
+
+
+def _masked_fill(model: Stack, i: int, x: Tensor, side: Tensor, aux: list[Tensor]) -> Tensor:
+    return (x + model.branch(i, x)).masked_fill(side[..., :1] > 1, 0.0)
+
+
+def test_a_mask_by_masked_fill() -> None:
+    assert chains_of(Stack(_masked_fill)) == [("prenorm", LAYERS, LAYERS)]
