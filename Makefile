@@ -59,7 +59,7 @@ zoo: $(READY)
 	$(BIN)/python tests/zoo/run.py $(ZOO_ARGS)
 
 fuzz: $(READY)
-	$(BIN)/python tests/fuzz/run.py --failures build/fuzz $(FUZZ_ARGS)
+	$(BIN)/python tests/fuzz/run.py --networks 2000 --failures build/fuzz $(FUZZ_ARGS)
 
 matrix: $(READY)
 	$(BIN)/python tests/matrix/run.py $(MATRIX_ARGS)
