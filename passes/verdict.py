@@ -108,16 +108,19 @@ def _reason_against(
         return (
             f"the stream, or a branch after its residual add, is overwritten in place by {name_of(written)!r} at {written.name!r}"
         )
+    fragment = fragments.get(id(candidate))
+    if fragment is not None:
+        return f"the stream is fragmented: {fragment.cut} lies on it, with {count} of {fragment.total} residual adds on one side"
+    over_depth = next((cut.reason for cut in breaks.over_depth if width_of(cut.node) == width_of(adds[0].node)), None)
+    if over_depth is not None:
+        return over_depth
     stopped = _first_without_gradients(index, candidate)
     if stopped is not None:
         return (
             f"gradients are switched off in mid-stream, at {stopped.name!r}: sources from before would pass gradients on that "
             "the model stops there"
         )
-    fragment = fragments.get(id(candidate))
-    if fragment is not None:
-        return f"the stream is fragmented: {fragment.cut} lies on it, with {count} of {fragment.total} residual adds on one side"
-    return next((cut.reason for cut in breaks.over_depth if width_of(cut.node) == width_of(adds[0].node)), None)
+    return None
 
 
 def _first_without_gradients(index: GraphIndex, candidate: Candidate) -> Node | None:

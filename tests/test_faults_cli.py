@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import resource
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
-from interrupted import Outcome, run_forked
+from interrupted import FULL_DISK, Outcome, run_alone
 from typer.testing import CliRunner
 
-import attnres_compile
 from attnres_compile.cli import app
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "kimi_k3_plan.json"
@@ -139,10 +136,6 @@ def assert_one_line(outcome: Outcome, code: int, *words: str) -> None:
     assert [word for word in words if word not in line] == []
 
 
-def fill_disk() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
-
-
 @pytest.mark.parametrize("is_there", [False, True], ids=["new", "over an old one"])
 @pytest.mark.parametrize("command", PICTURES)
 def test_a_full_disk_leaves_what_was_there(command: str, is_there: bool, source: Path, tmp_path: Path) -> None:
@@ -151,7 +144,7 @@ def test_a_full_disk_leaves_what_was_there(command: str, is_there: bool, source:
     target.parent.mkdir()
     if is_there:
         target.write_text("old")
-    outcome = run_forked(tmp_path, [*arguments_of(command, source, tmp_path), option, str(target)], fill_disk)
+    outcome = run_alone([*arguments_of(command, source, tmp_path), option, str(target)], FULL_DISK)
     assert_one_line(outcome, 2, name)
     assert [path.name for path in target.parent.iterdir()] == [name] * is_there
     assert not is_there or target.read_text() == "old"
@@ -174,7 +167,7 @@ def test_places_that_take_no_file(command: str, place: str, source: Path, tmp_pa
 
 @pytest.mark.parametrize("command", ["detect", "plan", "inspect"])
 def test_results_that_can_not_be_printed(command: str, source: Path, tmp_path: Path) -> None:
-    outcome = run_forked(tmp_path, arguments_of(command, source, tmp_path), stdout="/dev/full")
+    outcome = run_alone(arguments_of(command, source, tmp_path), stdout="/dev/full")
     assert outcome.code != 0
     assert "Traceback" not in outcome.stderr
     assert len([line for line in outcome.stderr.splitlines() if "Loading weights" not in line]) <= 1
@@ -183,33 +176,21 @@ def test_results_that_can_not_be_printed(command: str, source: Path, tmp_path: P
 # ------------------------------------------------------------------------------------------------------------ interrupts
 
 
-def interrupting(owner: Any, name: str) -> Callable[[], None]:
-    """Has the process interrupted where it would call ``owner.name``. Runs in a process of its own, which ends thereafter."""
-
-    def interrupt(*args: Any, **kwargs: Any) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        signal.pause()
-
-    return lambda: setattr(owner, name, interrupt)
-
-
 @pytest.mark.parametrize("command", ["detect", "inspect", "compare", "plan"])
 def test_an_interrupt_ends_the_command_quietly(command: str, source: Path, tmp_path: Path) -> None:
-    from attnres_compile.comparison import page
-    from attnres_compile.inspection import plots
-    from attnres_compile.pipelining import preview
-
-    owner, name = {
-        "detect": (attnres_compile, "detect"), "inspect": (plots, "overview"), "compare": (page, "page"),
-        "plan": (preview, "preview"),
-    }[command]  # fmt: skip
+    place = {
+        "detect": "attnres_compile:detect",
+        "inspect": "attnres_compile.inspection.plots:overview",
+        "compare": "attnres_compile.comparison.page:page",
+        "plan": "attnres_compile.pipelining.preview:preview",
+    }[command]
     arguments = arguments_of(command, source, tmp_path)
     folder = tmp_path / "pictures"
     folder.mkdir()
     if command in PICTURES:
         option, file = PICTURES[command]
         arguments += [option, str(folder / file)]
-    outcome = run_forked(tmp_path, arguments, interrupting(owner, name))
+    outcome = run_alone(arguments, place)
     assert outcome.code == 130
     assert outcome.stdout == ""
     assert "Traceback" not in outcome.stderr

@@ -1,16 +1,17 @@
-"""The command line in a forked process, with whatever befalls it there."""
+"""The command line in a process of its own, with whatever befalls it there: a full disk, an interrupt."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
+import resource
 import signal
+import subprocess
 import sys
-import traceback
-from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
-from attnres_compile import cli
+FULL_DISK = "full disk"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,34 +23,37 @@ class Outcome:
     stderr: str
 
 
-def run_forked(folder: Path, arguments: list[str], prepare: Callable[[], None] = lambda: None, stdout: str = "") -> Outcome:
-    """``attnres`` with ``arguments``; ``prepare`` runs in its process first. ``stdout`` is a file in ``folder`` by default."""
-    out, err = folder / "stdout", folder / "stderr"
-    pid = os.fork()
-    if not pid:
-        code = 99
-        try:
-            for number, path in ((1, stdout or out), (2, err)):
-                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            sys.stdout, sys.stderr = (os.fdopen(number, "w") for number in (1, 2))
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            sys.argv = ["attnres", *arguments]
-            prepare()
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            try:
-                sys.stdout.flush()
-            except OSError:
-                traceback.print_exc()
-                code = 120  # as Python ends where its last flush fails
-            sys.stderr.flush()
-            os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    found = Outcome(code, out.read_text() if out.exists() else "", err.read_text())
-    out.unlink(missing_ok=True)
-    err.unlink()
-    return found
+def run_alone(arguments: list[str], befalls: str = "", stdout: str = "") -> Outcome:
+    """``attnres`` with ``arguments``.
+
+    Args:
+        befalls: FULL_DISK, or ``module:function``, in whose place the process is interrupted.
+        stdout: a file that its results go to instead.
+    """
+    command = [sys.executable, __file__, befalls, *arguments]
+    with open(stdout or os.devnull, "w") as results:
+        target = results if stdout else subprocess.PIPE
+        done = subprocess.run(command, stdout=target, stderr=subprocess.PIPE, text=True, check=False, timeout=300)
+    return Outcome(done.returncode, done.stdout or "", done.stderr)
+
+
+def _interrupt(*args: Any, **kwargs: Any) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    signal.pause()
+
+
+def _main() -> None:
+    befalls, *sys.argv[1:] = sys.argv[1:]
+    del sys.path[0]  # the folder of this file
+    from attnres_compile import cli
+
+    if befalls == FULL_DISK:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+    elif befalls:
+        module, function = befalls.split(":")
+        setattr(importlib.import_module(module), function, _interrupt)
+    cli.main()
+
+
+if __name__ == "__main__":
+    _main()
