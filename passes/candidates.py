@@ -9,7 +9,7 @@ from functools import cached_property
 from torch.fx import Node
 
 from attnres_compile.passes.graph_index import GraphIndex
-from attnres_compile.passes.reads import Readers, StreamReads
+from attnres_compile.passes.reads import Readers, StreamReads, reads_of
 from attnres_compile.passes.streams import Trunk
 from attnres_compile.patterns.operations import name_of
 
@@ -49,7 +49,8 @@ def facts_of(index: GraphIndex, candidate: Candidate, others: Iterable[Candidate
             stream.update(add.node for add in other.trunk.adds)
     groups = [group for reads in candidate.reads for group in reads.groups]
     raw_groups = [group for group in groups if not group.is_invariant]
-    through_norm = _reached(index, stream, (node for group in groups if group.is_invariant for node in group.outputs))
+    normed_groups = [group for group in (*groups, *_reads_behind_the_root(index, candidate)) if group.is_invariant]
+    through_norm = _reached(index, stream, (node for group in normed_groups for node in group.outputs))
     raw = _reached(index, stream, (node for group in raw_groups for node in group.nodes))
     mixed = _reached(index, stream, (node for group in raw_groups if _mixes_vectors(group) for node in group.nodes))
     norm_fed = raw_fed = normed = 0
@@ -64,6 +65,12 @@ def facts_of(index: GraphIndex, candidate: Candidate, others: Iterable[Candidate
             normed += 1
             norm_of_branch = norm_of_branch or add.branch
     return Facts(norm_fed, raw_fed, normed, norm_of_branch, raw_groups[0] if raw_groups else None)
+
+
+def _reads_behind_the_root(index: GraphIndex, candidate: Candidate) -> tuple[Readers, ...]:
+    """The first norms may read what the first add scales: x in ``x / 2 + f(norm(x))``."""
+    source = index.peel(candidate.trunk.root)[0]
+    return () if source is candidate.trunk.root else reads_of(index, source, None, candidate.trunk.adds[0]).groups
 
 
 def _mixes_vectors(raw: Readers) -> bool:

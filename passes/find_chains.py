@@ -42,8 +42,8 @@ class FindChains:
 
 
 def _candidate(index: GraphIndex, trunk: Trunk) -> Candidate:
-    following = [*trunk.adds, None]
-    return Candidate(trunk, tuple(reads_of(index, stream, add) for stream, add in zip(trunk.values, following, strict=True)))
+    around = zip(trunk.values, (None, *trunk.adds), (*trunk.adds, None), strict=True)
+    return Candidate(trunk, tuple(reads_of(index, stream, before, after) for stream, before, after in around))
 
 
 def _chain(candidate: Candidate, kind: str) -> ResidualChain:

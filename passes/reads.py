@@ -12,7 +12,7 @@ from attnres_compile.chain import ResidualAdd
 from attnres_compile.passes.graph_index import GraphIndex
 from attnres_compile.patterns.degrees import ONE, Degree, Eps, degree_of
 from attnres_compile.patterns.features import reductions_elsewhere
-from attnres_compile.patterns.operations import name_of, reads_only_metadata
+from attnres_compile.patterns.operations import PERMUTES, name_of, reads_only_metadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,8 @@ class StreamReads:
     is_output: bool
 
 
-def reads_of(index: GraphIndex, stream: Node, following: ResidualAdd | None) -> StreamReads:
-    """The reads of ``stream``; its use as the skip operand of the ``following`` add is none.
+def reads_of(index: GraphIndex, stream: Node, preceding: ResidualAdd | None, following: ResidualAdd | None) -> StreamReads:
+    """The reads of ``stream``, which the ``preceding`` add gave; its use as the skip operand of the ``following`` add is none.
 
     Degrees are propagated forward from the stream until every value has degree 0 or is not homogeneous; readers that
     share a value of another degree belong together. What no output of the graph needs reads nothing.
@@ -64,18 +64,21 @@ def reads_of(index: GraphIndex, stream: Node, following: ResidualAdd | None) -> 
     components = networkx.connected_components(found.together)
     alive = [nodes for nodes in components if any(index.live & index.bit(node) for node in nodes)]
     homogeneous = [nodes for nodes in alive if not nodes & found.obstacles]
-    base = _base(index, found, homogeneous, stream, following.path if following else ())
+    # The last add, too, may have been made in a layout of its own, which no path to another add undoes.
+    relaid = preceding is not None and any(name_of(operation) in PERMUTES for operation in preceding.path)
+    way = following.path if following else tuple(images) if relaid else ()
+    base = _base(index, found, homogeneous, stream, way)
     groups = [_readers(nodes, found, base) for nodes in alive]
     ordered = sorted((g for g in groups if g is not None), key=lambda g: min(index.position[user] for _, user in g.edges))
     return StreamReads(stream, base, images, tuple(ordered), found.is_output)
 
 
-def _base(index: GraphIndex, found: _Propagation, components: list[set[Node]], stream: Node, path: tuple[Node, ...]) -> Node:
-    """The stream, or the last image on its ``path`` that all ``components`` read through, if they find their features there."""
+def _base(index: GraphIndex, found: _Propagation, components: list[set[Node]], stream: Node, way: tuple[Node, ...]) -> Node:
+    """The stream, or the last image on its ``way`` that all ``components`` read through, if they find their features there."""
     values = [value for nodes in components for value, user in found.edges if user in nodes]
-    if not path or not values or all(not found.elsewhere(nodes, stream) for nodes in components):
+    if not way or not values or all(not found.elsewhere(nodes, stream) for nodes in components):
         return stream
-    common = set.intersection(set(path), *(set(found.way_to(value)) for value in values))
+    common = set.intersection(set(way), *(set(found.way_to(value)) for value in values))
     deepest = max(common, key=index.position.__getitem__, default=stream)
     return deepest if any(not found.elsewhere(nodes, deepest) for nodes in components) else stream
 

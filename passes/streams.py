@@ -10,7 +10,7 @@ from torch.fx import Node
 from attnres_compile.chain import ResidualAdd
 from attnres_compile.passes.graph_index import GraphIndex
 from attnres_compile.passes.reads import reads_of
-from attnres_compile.patterns.operations import same_shape
+from attnres_compile.patterns.operations import same_shape, shape_of
 from attnres_compile.patterns.residual import Sum, is_equal_shape_sum, match_sum
 
 
@@ -172,7 +172,7 @@ def _is_injection(index: GraphIndex, adds: dict[Node, ResidualAdd], stream: Node
         root = index.peel(adds[root].skip)[0]
     if not index.ancestors[root] & index.linear_past[value]:
         return True
-    groups = reads_of(index, source, None).groups if source not in adds else ()
+    groups = reads_of(index, source, None, None).groups if source not in adds else ()
     return any(not group.is_invariant and any(before & index.bit(node) for node in group.nodes) for group in groups)
 
 
@@ -208,6 +208,8 @@ def _adopt_injections(index: GraphIndex, adds: dict[Node, ResidualAdd], others: 
 
 
 def _ends_stream(index: GraphIndex, adds: dict[Node, ResidualAdd], node: Node) -> bool:
-    """Whether ``node`` alone reads the last value of a stream, and is more than an affine map of it."""
-    computed = not any(index.is_parameter(index.peel(source)[0]) for source in node.all_input_nodes)
-    return computed and any(index.peel(s)[0] in adds and index.readers[s] == [node] for s in node.all_input_nodes)
+    """Whether ``node`` alone reads the last value of a stream, and adds more to it than a bias."""
+    biases = [source for source in node.all_input_nodes if index.is_parameter(index.peel(source)[0])]
+    if any(len([size for size in shape_of(bias) or () if size != 1]) < 2 for bias in biases):
+        return False
+    return any(index.peel(s)[0] in adds and index.readers[s] == [node] for s in node.all_input_nodes)

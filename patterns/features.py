@@ -11,9 +11,11 @@ from attnres_compile.patterns.operations import PERMUTES, argument, is_float_ten
 
 _REDUCTIONS = frozenset({
     "mean", "nanmean", "sum", "var", "std", "var_mean", "std_mean", "vector_norm", "amax", "amin", "max", "min", "normalize",
+    "vecdot", "linalg_vecdot", "einsum",
 })  # fmt: skip
 _POOLS = frozenset({"mean", "sum", "amax", "max", "adaptive_avg_pool1d", "avg_pool1d"})
-_DIMENSION_POSITION = {"vector_norm": 2, "normalize": 2}
+_DIMENSION_POSITION = {"vector_norm": 2, "normalize": 2, "vecdot": 2, "linalg_vecdot": 2}
+_DEFAULT_DIMENSION = {"normalize": 1, "vecdot": -1, "linalg_vecdot": -1}
 # Channels (in groups) together with space, which then must not be where the features are; or space alone.
 _OVER_SPACE = frozenset({"instance_norm"})
 _OVER_CHANNELS = frozenset({"group_norm", "native_group_norm"})
@@ -36,7 +38,7 @@ def reductions_elsewhere(edges: Collection[tuple[Node, Node]], images: Images, c
     ranks = {len(shape_of(value) or ()) for value, _ in edges}
     found = []
     for node in component:
-        source = node.args[0] if node.args else None
+        source = next(iter(node.all_input_nodes), None) if name_of(node) == "einsum" else node.args[0] if node.args else None
         if not is_float_tensor(source):
             continue
         if source in images and _pools(node, component):
@@ -75,12 +77,24 @@ def _pools(node: Node, component: Collection[Node]) -> bool:
 
 def _reduced(node: Node, rank: int) -> set[int]:
     """The dimensions that ``node`` reduces, counted from the end."""
-    default = 1 if name_of(node) == "normalize" else None
+    if name_of(node) == "einsum":
+        return _summed(str(node.args[0]), rank)
+    default = _DEFAULT_DIMENSION.get(name_of(node))
     dims = argument(node, _DIMENSION_POSITION.get(name_of(node), 1), "dim", node.kwargs.get("axis", default))
     if dims is None or isinstance(dims, bool):  # all of them; var(x, unbiased) has its flag where others have dim
         return set(range(-rank, 0)) if rank == 1 else set()
     listed = dims if isinstance(dims, (list, tuple)) else [dims]
     return {dim % rank - rank for dim in listed if isinstance(dim, int)}
+
+
+def _summed(equation: str, rank: int) -> set[int]:
+    """The dimensions of the first operand that an einsum sums over, counted from the end."""
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    before, dots, behind = inputs.split(",")[0].partition("...")
+    if not dots:
+        before, behind = "", before
+    named = {i - rank: label for i, label in enumerate(before)} | {i - len(behind): label for i, label in enumerate(behind)}
+    return {dim for dim, label in named.items() if label not in output}
 
 
 def _feature_dimension(value: Node, images: Images) -> int | None:

@@ -11,7 +11,7 @@ from attnres_compile.patterns.operations import is_call, is_float_tensor, name_o
 _REACH = 24
 _POINTWISE = KEEPS | frozenset(FUSED_NORMS) | frozenset({
     "mul", "add", "sub", "div", "pow", "square", "sqrt", "rsqrt", "reciprocal", "clamp", "clamp_min", "var", "var_mean",
-    "std_mean",
+    "std_mean", "einsum", "vecdot", "linalg_vecdot",
 })  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from comparing import (
     leaves,
     randomise,
     rounded_elsewhere,
+    run,
     trained,
     worst_of,
 )
@@ -52,7 +53,8 @@ class Outcome:
 
 
 def check(network: Network, options: Options, thorough: bool) -> Outcome:
-    """``thorough`` adds ``ac.detect``, ``ac.convert_``, and torch.compile with the two-phase passes and no Inductor.
+    """``thorough`` adds ``ac.detect``, ``ac.convert_``, and torch.compile with the two-phase passes and no Inductor; where
+    shapes are dynamic, with another batch size, too.
 
     Raises:
         Mismatch, GeneratorError: see there.
@@ -70,7 +72,7 @@ def check(network: Network, options: Options, thorough: bool) -> Outcome:
 
 def _check(network: Network, options: Options, model: nn.Module, thorough: bool) -> Outcome:
     inputs = inputs_of(network)
-    outputs = model(*clones(inputs))
+    outputs = run(model, clones(inputs))
     if not all(torch.isfinite(output).all() for output in outputs):
         return Outcome("left out", "not finite")
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -102,17 +104,17 @@ def _wild(model: nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, .
     except ac.NoResidualChainError:
         return Outcome("refused", "wild")
     sites = list(rewritten.attnres.sites)
-    zero = error_of(rewritten(*clones(inputs)), outputs)
+    zero = error_of(run(rewritten, clones(inputs)), outputs)
     if not zero <= ZERO_TOLERANCE:
         raise Mismatch(f"with zero queries the outputs of the wild network differ by {zero:.1e}\n{rewritten.report}")
     found = leaves(inputs), leaves(inputs)
     try:
-        wanted = gradients_of(model, found[0], model(*found[0]), [])
+        wanted = gradients_of(model, found[0], run(model, found[0]), [])
     except RuntimeError as failure:
         if IN_PLACE not in str(failure):
             raise
         return Outcome("converted", "wild, without gradients", len(sites), zero)
-    worst, i = worst_of(gradients_of(model, found[1], rewritten(*found[1]), []), wanted)
+    worst, i = worst_of(gradients_of(model, found[1], run(rewritten, found[1]), []), wanted)
     if not worst <= TOLERANCE:
         names = [name for name, _ in trained(model)] + ["an input"] * len(wanted)
         raise Mismatch(f"with zero queries the gradient of {names[i]} differs by {worst:.1e}\n{rewritten.report}")
@@ -135,7 +137,7 @@ def _refused(
         if not any(piece in message for piece in expected.refused):
             raise Mismatch(f"expected one of {expected.refused} among the reasons:\n{message}")
     _unchanged(model, state, False)
-    if error_of(model(*clones(inputs)), outputs) != 0:
+    if error_of(run(model, clones(inputs)), outputs) != 0:
         raise Mismatch("a refused model gives something else than before")
     return Outcome("refused", reason)
 
@@ -171,7 +173,7 @@ def _converted(
     sites = list(rewritten.attnres.sites)
     zero = math.nan
     if options.scale == "preserve":
-        zero = error_of(rewritten(*clones(inputs)), outputs)
+        zero = error_of(run(rewritten, clones(inputs)), outputs)
         if not zero <= ZERO_TOLERANCE:
             raise Mismatch(f"with zero queries the outputs differ by {zero:.1e}")
     if not structures:
@@ -181,7 +183,9 @@ def _converted(
     try:
         error, gradient = compare(model, rewritten, inputs, wanted_outputs, wanted, sites, "rewritten")
         if thorough:
-            other = _compiled(model, config, inputs, rewritten, wanted_outputs, wanted)
+            other = _compiled(
+                network, options, model, config, inputs, rewritten, structures, expected, size, wanted_outputs, wanted
+            )
             error, gradient = max(error, other[0]), max(gradient, other[1])
     except Mismatch:
         with rounded_elsewhere(model):
@@ -198,13 +202,15 @@ def _is_overwritten(report: ac.Report) -> bool:
 
 
 def _compiled(
-    model: nn.Module, config: ac.AttnResConfig, inputs: tuple[Tensor, ...], rewritten: ac.rewritten.RewrittenModule,
+    network: Network, options: Options, model: nn.Module, config: ac.AttnResConfig, inputs: tuple[Tensor, ...],
+    rewritten: ac.rewritten.RewrittenModule, structures: list[Structure], expected: Expected, size: int,
     wanted_outputs: tuple[Tensor, ...], wanted: list[Tensor | None],
 ) -> tuple[float, float]:  # fmt: skip
     """``detect`` agrees, converting or rewriting twice raises, and the compiled model is the definition, in two phases."""
     chains = [(c.kind, c.num_sublayers, c.num_sites) for c in rewritten.report.chains]
     if chains != [(c.kind, c.num_sublayers, c.num_sites) for c in ac.detect(model, args=inputs).chains]:
         raise Mismatch("detect finds other chains than rewrite")
+    larger = _larger(network, model) if network.is_dynamic else None
     ac.convert_(model, config, args=inputs)
     for attempt, what in ((ac.convert_, model), (ac.rewrite, rewritten), (ac.convert_, rewritten)):
         try:
@@ -218,8 +224,24 @@ def _compiled(
     def backend(graph: torch.fx.GraphModule, examples: list[Tensor]) -> object:
         return compile_rewritten(graph, examples, lambda inner, given, mode: inner.forward)
 
-    compiled = torch.compile(model, backend=backend, dynamic=False)
-    return compare(model, compiled, inputs, wanted_outputs, wanted, attached, "compiled")
+    compiled = torch.compile(model, backend=backend, dynamic=network.is_dynamic)
+    found = compare(model, compiled, inputs, wanted_outputs, wanted, attached, "compiled")
+    if larger is not None:
+        more = inputs_of(larger)
+        by_definition = _by_definition(larger, options, model, more, structures, expected, size, attached)
+        other = compare(model, compiled, more, *by_definition, attached, "compiled, with another batch,")
+        found = max(found[0], other[0]), max(found[1], other[1])
+    return found
+
+
+def _larger(network: Network, model: nn.Module) -> Network | None:
+    """The network with a larger batch, if the module takes one."""
+    larger = dataclasses.replace(network, shape=(network.shape[0] + 1, *network.shape[1:]))
+    try:
+        run(model, inputs_of(larger))
+    except RuntimeError:  # a parameter of the batch's size
+        return None
+    return larger
 
 
 def _by_definition(

@@ -14,6 +14,7 @@ ZERO_TOLERANCE = 1e-12
 TOLERANCE = 1e-9
 # Gradients are held against their own norm, or against this part of the norm of all of them where they vanish.
 VANISHING = 1e-4
+DRAWS = 5  # the seed of what a network draws at random while it runs
 IN_PLACE = "modified by an inplace operation"
 
 
@@ -26,7 +27,7 @@ def compare(
     wanted: list[Tensor | None], sites: Sequence[nn.Module], what: str,
 ) -> tuple[float, float]:  # fmt: skip
     given = leaves(inputs)
-    outputs = found(*given)
+    outputs = run(found, given)
     error = error_of(outputs, wanted_outputs)
     if not error <= TOLERANCE:
         raise Mismatch(f"with random queries the outputs of the {what} model differ by {error:.1e}")
@@ -49,7 +50,7 @@ def _plain_backward_fails(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
         return True  # a converted model does not run eagerly; the rewritten one was tried before
     given = leaves(inputs)
     try:
-        gradients_of(model, given, model(*given), [])
+        gradients_of(model, given, run(model, given), [])
     except RuntimeError as failure:
         return IN_PLACE in str(failure)
     return False
@@ -103,6 +104,13 @@ def leaves(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Copies whose gradients are asked for, but for ids and mask."""
     last = len(inputs) - 1
     return tuple(value.clone().requires_grad_(value.is_floating_point() and i < last) for i, value in enumerate(inputs))
+
+
+def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The outputs; dropout draws the same every time."""
+    torch.manual_seed(DRAWS)
+    outputs: tuple[Tensor, ...] = model(*inputs)
+    return outputs
 
 
 def clones(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from adds import contribution
+from comparing import DRAWS
 from networks import (
     IN_PLACE_ADDS,
     Branch,
@@ -47,6 +48,7 @@ class Walk:
         self.aux: list[Callable[[], Tensor]] = []
         self.is_unclear = False
         memory = self.side
+        torch.manual_seed(DRAWS)
         for i, tower in enumerate(network.towers):
             y = self._tower(i, tower, memory)
             if i + 1 < len(network.towers):
@@ -115,6 +117,8 @@ class Walk:
                 x = rms(centred(x), norm.eps) * norm.weight + norm.bias
             elif kind == "straight through":
                 x = x + (x.round() - x).detach()
+            elif kind == "dropped ids":
+                x = F.dropout(x, 0.25, self.network.training)
             return x
         if kind == "patches and cls":
             cls = self._parameter("cls").expand(self.patches.shape[0], 1, d)
@@ -260,6 +264,10 @@ class Walk:
             b = b * 0.5
         elif branch.gate == "condition":
             b = b * self.side
+        elif branch.gate in ("dropout", "nn.Dropout"):
+            b = F.dropout(b, 0.25, self.network.training)
+        elif branch.gate == "rounded":
+            b = b.float().double()
         return b if branch.behind is None else self._norm(branch.behind, f"behind{i}", b)
 
     def _add(self, spelling: str, value: Value, b: Tensor, sees: str) -> Value:

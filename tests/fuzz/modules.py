@@ -54,7 +54,11 @@ def _branch(scope: Scope, i: int, branch: Branch, normed: str, raw: bool) -> tup
     elif branch.gate == "scalar":
         scope.say(f"{b} = {scope.parameter(f'scalar{i}')} * {b}")
     elif branch.gate == "dropout":
-        scope.say(f"{b} = F.dropout({b}, 0.0, self.training)")
+        scope.say(f"{b} = F.dropout({b}, 0.25, self.training)")
+    elif branch.gate == "nn.Dropout":
+        scope.say(f"{b} = {scope.attribute(f'dropout{i}', 'nn.Dropout(0.25)')}({b})")
+    elif branch.gate == "rounded":
+        scope.say(f"{b} = {b}.float().double()")
     elif branch.gate == "constant":
         scope.say(f"{b} = {b} * 0.5")
     elif branch.gate == "condition":
@@ -110,6 +114,10 @@ def _sublayer(scope: Scope, step: Sublayer) -> None:
         _plain_sublayer(inner, step)
     if not step.guard:
         scope.body += inner.body
+        return
+    if step.guard == "autocast":  # leaves float64 alone
+        scope.say('with torch.autocast("cpu", torch.bfloat16):')
+        scope.say("\n".join(inner.body), 1)
         return
     condition = "x.shape[0] > 1" if step.guard == "shape" else scope.attribute("flag", "True")
     scope.say(f"if {condition}:")

@@ -58,6 +58,12 @@ WILD = {
     "maximum": "x = torch.maximum(x, x + {f}({norm}(x)))",
     "normed branch with skip": "n = {norm}(x)\nx = x + (n + {f}(n))",
     "long way round": "y = x + {f}({norm}(x))\nx = y + {gate}({norm}(y)) - {f}({norm}(x))",
+    "dropped stream": "x = F.dropout(x + {f}({norm}(x)), 0.25, self.training)",
+    "dropped rows": "keep = (torch.rand(x.shape[0], 1, 1, dtype=x.dtype) < 0.75) / 0.75\nx = x + {f}({norm}(x)) * keep",
+    "pooled and back": "y = F.avg_pool1d(x.transpose(1, 2), 2, 2, ceil_mode=True).transpose(1, 2)\ny = y + {f}({norm}(y))\n"
+    "x = x + y.repeat_interleave(2, 1)[:, : x.shape[1]]",
+    "skip joined": "kept.append(x)\nx = {merge}(torch.cat([x + {f}({norm}(x)), kept[0]], -1))",
+    "noise": "x = x + {f}({norm}(x)) + 0.1 * torch.randn_like(x)",
     "written side": "s = side.clone()\ns.add_(x)\nx = x + {f}({norm}(s))",
 }
 

@@ -12,7 +12,8 @@ import dataclasses
 NORMS = (
     "nn.LayerNorm", "nn.LayerNorm without weight", "nn.RMSNorm", "nn.RMSNorm without weight", "F.layer_norm", "F.rms_norm",
     "rms by rsqrt", "rms by pow", "rms by sqrt", "rms one plus weight", "rms by norm", "rms by einsum", "F.normalize",
-    "layer by mean", "layer by var", "layer by var_mean", "layer by std", "mean of abs", "amax", "group of one",
+    "layer by mean", "layer by var", "layer by var_mean", "layer by std", "mean of abs", "amax", "group of one", "rms upcast",
+    "rms in float32",
 )  # fmt: skip
 # Spellings over one module's parameters or none at all that can stand in the forward method itself.
 BRANCHES = ("linear", "mlp", "gated", "in-place mlp", "functional", "attention", "tokens", "conv", "cross", "experts")
@@ -41,7 +42,7 @@ EMBEDDINGS = (
     "straight through", "dropped ids", "masked patches",
 )  # fmt: skip
 HEADS = ("norm and linear", "norm", "raw", "raw linear", "pooled norm", "norm pooled", "token norm", "sum normed")
-GATES = ("", "", "", "layer scale", "gate of norm", "scalar", "dropout", "constant", "condition")
+GATES = ("", "", "", "", "layer scale", "gate of norm", "scalar", "dropout", "nn.Dropout", "constant", "condition", "rounded")
 
 # Networks whose every sublayer is one of these are to be refused, for the reason in oracle.REASONS.
 NEAR_MISSES = (
@@ -57,7 +58,8 @@ WILD = (
     "sign", "half detached", "scale given out", "scaled back", "zeroed", "doubled batch", "product", "permuted features",
     "tokens into features", "sum given out", "one add twice", "difference", "where subtracted", "gate of side", "chunked adds",
     "detached norm", "detached branch", "layer over tokens", "shifted", "set rows", "broadcast", "norm of first", "last token",
-    "in-place norm", "branch in place", "maximum", "normed branch with skip", "long way round", "written side",
+    "in-place norm", "branch in place", "maximum", "normed branch with skip", "long way round", "written side", "dropped stream",
+    "dropped rows", "pooled and back", "skip joined", "noise",
 )  # fmt: skip
 
 
@@ -78,7 +80,7 @@ class Branch:
 
 @dataclasses.dataclass(frozen=True)
 class Sublayer:
-    """One or two parallel branches. ``guard`` puts it under a condition that Dynamo decides while it traces."""
+    """One or two parallel branches. ``guard`` puts it under autocast, or under a condition that Dynamo decides as it traces."""
 
     branches: tuple[Branch, ...]
     add: str
@@ -145,6 +147,7 @@ class Network:
     shared_norm: bool = False
     training: bool = False
     near_miss: str = ""
+    is_dynamic: bool = False  # it is compiled for any size
     checkpointed: bool = False  # sublayers that are modules of their own, under activation checkpointing
     seed: int = 0
 

@@ -8,6 +8,9 @@ SPELLINGS = {
     "rms by pow": "{w} * ({x} * ({x}.square().mean(-1, keepdim=True) + {e}) ** -0.5)",
     "rms by sqrt": "{w} * ({x} / torch.sqrt(({x} * {x}).mean(dim=-1, keepdim=True) + {e}))",
     "rms one plus weight": "(1 + {w}) * ({x} * torch.rsqrt({x}.pow(2).mean(-1, keepdim=True) + {e}))",
+    "rms upcast": "{w} * ({x}.to(torch.float64) * torch.rsqrt({x}.to(torch.float64).pow(2).mean(-1, keepdim=True) + {e})).to("
+    "{x}.dtype)",
+    "rms in float32": "{w} * ({x}.float() * torch.rsqrt({x}.float().pow(2).mean(-1, keepdim=True) + {e})).type_as({x})",
     "rms by norm": "{w} * {x} / ({x}.norm(dim=-1, keepdim=True) * {d} ** -0.5 + {e})",
     "rms by einsum": "{w} * ({x} * torch.rsqrt(torch.einsum('...d,...d->...', {x}, {x}).unsqueeze(-1) / {d} + {e}))",
     "F.normalize": "F.normalize({x}, dim=-1) * {d} ** 0.5 * {w}",
@@ -144,7 +147,7 @@ EMBEDDINGS = {
     "patches and cls": "x = torch.cat([{cls}.expand(patches.shape[0], 1, {d}), {project}(patches)[:, 1:]], dim=1)",
     "input": "x = entry", "projected input": "x = {entry}(entry)", "latents": "x = {latents}.expand(ids.shape[0], -1, -1)",
     "straight through": "x = {ids}(ids)\nx = x + (x.round() - x).detach()",
-    "dropped ids": "x = F.dropout({ids}(ids), 0.0, self.training)", "masked patches": "x = {project}(patches) * mask",
+    "dropped ids": "x = F.dropout({ids}(ids), 0.25, self.training)", "masked patches": "x = {project}(patches) * mask",
 }  # fmt: skip
 HEADS = {
     "norm and linear": "{head}({norm})", "norm": "{norm}", "raw": "x", "raw linear": "{head}(x)",

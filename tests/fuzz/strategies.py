@@ -39,6 +39,9 @@ from networks import (
 norms = st.builds(Norm, st.sampled_from(NORMS), st.sampled_from((1e-5, 1e-6, 1e-8, 1e-3)), st.booleans())
 
 
+_injections = st.builds(Injection, st.sampled_from(("side", "positions", "projected")))
+
+
 def _branches(tokenwise: bool, first: bool) -> st.SearchStrategy[Branch]:
     kinds = st.sampled_from(TOKENWISE if tokenwise else BRANCHES)
     behind = st.one_of(st.none(), st.none(), st.none(), norms)
@@ -49,7 +52,7 @@ def _sublayers(tokenwise: bool) -> st.SearchStrategy[Sublayer]:
     adds = tuple(add for add in ADDS if add not in RANK_THREE_ADDS) if tokenwise else ADDS
     one = st.tuples(_branches(tokenwise, True))
     two = st.tuples(_branches(tokenwise, True), _branches(tokenwise, False))
-    guards = st.sampled_from(("", "", "", "", "shape", "flag"))
+    guards = st.sampled_from(("", "", "", "", "shape", "flag", "autocast"))
     usual = st.sampled_from(adds) | st.just("x + b")
     return st.builds(Sublayer, st.one_of(one, one, two), usual, st.booleans(), guards)
 
@@ -58,7 +61,7 @@ def _others() -> st.SearchStrategy[Step]:
     return st.one_of(
         st.builds(Transform, st.sampled_from(TRANSFORMS)),
         st.builds(Reader, st.sampled_from(READERS), norms),
-        st.builds(Injection, st.sampled_from(("side", "positions", "projected"))),
+        _injections,
         st.just(Remember()),
         st.just(LongSkip()),
         st.builds(Cut, st.sampled_from(("norm", "linear", "detach"))),
@@ -94,7 +97,7 @@ def _steps(draw: st.DrawFn, tokenwise: bool, least: int, most: int) -> tuple[Ste
             steps.append(step)
         steps.append(sublayer)
     if draw(st.integers(0, 3)) == 0:
-        steps.append(draw(st.builds(Reader, st.sampled_from(READERS), norms)))
+        steps.append(draw(st.builds(Reader, st.sampled_from(READERS), norms) | _injections))
     return tuple(steps)
 
 
@@ -174,6 +177,7 @@ def networks(draw: st.DrawFn, near_misses: bool = True) -> Network:
         shared_norm=draw(st.integers(0, 7)) == 7,
         training=draw(st.integers(0, 3)) == 3,
         near_miss=near_miss,
+        is_dynamic=draw(st.integers(0, 2)) == 2,
         checkpointed=draw(st.integers(0, 7)) == 7,
         seed=draw(st.integers(0, 2**16)),
     )

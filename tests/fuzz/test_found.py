@@ -109,12 +109,10 @@ class Pooled(Stack):
 
 @pytest.mark.parametrize("model_class", [Stack, Pooled])
 def test_the_final_norm_reads_a_sum_in_another_layout(model_class: type[Stack]) -> None:
-    """No site: the path of a following add would say where the features are. The report names the read."""
-    report = ac.detect(model_class(_transposed_at_last), args=inputs())
-    assert [(chain.num_sublayers, chain.num_sites) for chain in report.chains] == [(LAYERS, LAYERS - 1)]
-    (refusal,) = report.refusals
-    assert (refusal.subject, refusal.module) == ("read", "final")
-    assert "normalises another dimension than its last (layer_norm): it keeps the plain sum" in refusal.reason
+    """It kept the plain sum: there is no path of a following add that would say where the features are."""
+    model = model_class(_transposed_at_last)
+    assert chains_of(model) == [("prenorm", LAYERS, LAYERS)]
+    assert is_refused_or_preserved(model)
 
 
 IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -199,3 +197,67 @@ def _masked_fill(model: Stack, i: int, x: Tensor, side: Tensor, aux: list[Tensor
 
 def test_a_mask_by_masked_fill() -> None:
     assert chains_of(Stack(_masked_fill)) == [("prenorm", LAYERS, LAYERS)]
+
+
+def _sandwich_by_einsum(model: Stack, i: int, x: Tensor, side: Tensor, aux: list[Tensor]) -> Tensor:
+    b = model.branch(i, x)
+    return x + b * torch.rsqrt(torch.einsum("...d,...d->...", b, b).unsqueeze(-1) / WIDTH + 1e-6)
+
+
+def test_a_norm_behind_the_branch_spelled_with_einsum() -> None:
+    """The kind was prenorm: an inner product was no part of a norm's pattern."""
+    assert chains_of(Stack(_sandwich_by_einsum)) == [("sandwich", LAYERS, LAYERS)]
+
+
+def _rejoined(model: Stack, i: int, x: Tensor, side: Tensor, aux: list[Tensor]) -> Tensor:
+    x = x + model.branch(i, x)
+    return torch.cat([x[:, :1], x[:, 1:]], 1)
+
+
+def test_the_verdict_does_not_depend_on_dynamic_shapes() -> None:
+    """With sizes that are symbols, slices side by side were no longer the tensor, and the chain was shorter."""
+    model = Stack(_rejoined)
+    ac.convert_(model, ac.AttnResConfig(variant="block", block_size=4), args=inputs())
+    compiled = torch.compile(model, backend="attnres", dynamic=True, options={"variant": "block", "block_size": 4})
+    expected = Stack(_rejoined)
+    expected.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith("attnres.")})
+    torch.testing.assert_close(compiled(*inputs()), expected(*inputs()), rtol=1e-12, atol=1e-12)
+
+
+def _by_einsum_behind_another_layout(model: Stack, i: int, x: Tensor, side: Tensor, aux: list[Tensor]) -> Tensor:
+    n = x * torch.rsqrt(torch.einsum("...d,...d->...", x, x).unsqueeze(-1) / WIDTH + 1e-6)
+    return (x.transpose(1, 2) + model.maps[i](n).transpose(1, 2)).transpose(1, 2) if i % 2 else x + model.maps[i](n)
+
+
+def test_a_norm_spelled_with_einsum_says_where_its_features_are() -> None:
+    """Its dimension was not known, so that two layouts of the stream seemed to have features, of different widths."""
+    model = Stack(_by_einsum_behind_another_layout)
+    assert chains_of(model) == [("prenorm", LAYERS, LAYERS)]
+    assert is_refused_or_preserved(model)
+
+
+def _halved_parallel(model: Stack, i: int, x: Tensor, side: Tensor, aux: list[Tensor]) -> Tensor:
+    if i:
+        return x
+    n = model.norms[0](x)
+    return torch.lerp(torch.lerp(x, model.maps[0](n), 0.5), model.maps[1](n), 0.5)
+
+
+def test_the_first_norms_read_what_the_first_add_scales() -> None:
+    """Refused with "no sublayer is computed from what the norms give": they read x, and the first add x / 2."""
+    assert chains_of(Stack(_halved_parallel)) == [("parallel", 1, 1)]
+
+
+def test_a_table_added_at_the_end() -> None:
+    """What was added last, of the stream's full shape, was taken for the bias of a head: the final norm kept the plain sum."""
+
+    class Positioned(Stack):
+        def forward(self, patches: Tensor, side: Tensor) -> tuple[Tensor, ...]:
+            x = self.embed(patches)
+            for i in range(LAYERS):
+                x = x + self.branch(i, x)
+            return (self.final(x + self.positions),)
+
+    model = Positioned(_conditioned)
+    model.positions = nn.Parameter(torch.randn(5, WIDTH, dtype=torch.float64))
+    assert chains_of(model) == [("prenorm", LAYERS, LAYERS)]

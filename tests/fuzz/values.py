@@ -158,6 +158,8 @@ def norm_value(norm: Norm, x: Tensor, weight: Tensor | None, bias: Tensor | None
     b: Any = 0.0 if bias is None else bias
     if name == "rms one plus weight":
         return rms(x, eps) * (1 + w)
+    if name == "rms in float32":
+        return (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)).double() * w
     if name == "rms by norm":
         return x / (x.norm(dim=-1, keepdim=True) * x.shape[-1] ** -0.5 + eps) * w
     if name == "F.normalize":

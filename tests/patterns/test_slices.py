@@ -33,14 +33,19 @@ class Joined(nn.Module):
         return torch.cat(self.parts(x.sin(), x.cos(), x.tanh()), self.dim)
 
 
-def program_of(parts: Callable[[Tensor, Tensor, Tensor], Any], dim: int = 1) -> Program:
-    captured = capture(Joined(parts, dim), (torch.zeros(BATCH, TOKENS, WIDTH),), {})
+def program_of(parts: Callable[[Tensor, Tensor, Tensor], Any], dim: int = 1, is_dynamic: bool = False) -> Program:
+    x = torch.zeros(BATCH, TOKENS, WIDTH)
+    if is_dynamic:
+        torch._dynamo.mark_dynamic(x, 1)
+    captured = capture(Joined(parts, dim), (x,), {})
     return Program(captured.graph_module, ac.AttnResConfig(), captured.parameters)
 
 
-def read_off(parts: Callable[[Tensor, Tensor, Tensor], Any], dim: int = 1) -> tuple[str, list[str | None]] | None:
+def read_off(
+    parts: Callable[[Tensor, Tensor, Tensor], Any], dim: int = 1, is_dynamic: bool = False
+) -> tuple[str, list[str | None]] | None:
     """The name of the whole, and of each part's branch."""
-    graph = program_of(parts, dim).graph_module.graph
+    graph = program_of(parts, dim, is_dynamic).graph_module.graph
     (joined,) = (node for node in graph.nodes if name_of(node) == "cat")
     elements: Any = joined.args[0]
     found = whole_of(elements, argument(joined, 1, "dim", 0), joined)
@@ -87,6 +92,40 @@ def test_slices_side_by_side_are_the_tensor(name: str) -> None:
     (output,) = (node for node in program.graph_module.graph.nodes if node.op == "output")
     (clone,) = output.args[0]  # type: ignore[misc]
     assert (name_of(clone), name_of(clone.args[0])) == ("clone", "sin")  # type: ignore[union-attr, arg-type]
+
+
+OF_ANY_LENGTH: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+    **{
+        name: WHOLE[name][0]
+        for name in ("two-slices", "counted-from-the-end", "slices-over-all-dims", "select", "index", "last-index", "aten.slice")
+    },
+    "at-the-middle": lambda x, y, f: [x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :]],
+    "to-the-length": lambda x, y, f: [x[:, :1], x[:, 1 : x.shape[1]]],
+    "narrow": lambda x, y, f: [x.narrow(1, 0, 2), x.narrow(1, 2, x.shape[1] - 2)],
+    "chunk": lambda x, y, f: x.chunk(2, 1),
+    "split-by-sizes": lambda x, y, f: x.split([2, x.shape[1] - 2], 1),
+}
+
+
+@pytest.mark.parametrize("name", OF_ANY_LENGTH)
+def test_slices_of_a_length_that_varies(name: str) -> None:
+    """What is found must not depend on whether sizes are numbers or symbols."""
+    assert read_off(OF_ANY_LENGTH[name], is_dynamic=True) == ("sin", [None, None])
+
+
+OTHER_OF_ANY_LENGTH: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+    "gap": lambda x, y, f: [x[:, :1], x[:, 2:]],
+    "gap-at-the-end": lambda x, y, f: [x[:, :1], x[:, 1:-1]],
+    "overlap": lambda x, y, f: [x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 - 1 :]],
+    "half-of-the-features": lambda x, y, f: [x[:, :1, :4], x[:, 1:, :4]],
+    "wrong-order": lambda x, y, f: [x[:, 1:], x[:, :1]],
+    "chunks-reordered": lambda x, y, f: x.chunk(2, 1)[::-1],
+}
+
+
+@pytest.mark.parametrize("name", OTHER_OF_ANY_LENGTH)
+def test_other_parts_of_a_length_that_varies(name: str) -> None:
+    assert read_off(OTHER_OF_ANY_LENGTH[name], is_dynamic=True) is None
 
 
 OTHER: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Any], int]] = {
