@@ -218,3 +218,121 @@ def test_inductor_knows_our_options() -> None:
     from torch._inductor import list_options
 
     assert set(capture.INDUCTOR_OPTIONS) <= set(list_options())
+
+
+def test_outputs_of_dynamic_graphs_carry_marks_that_a_capture_sets_aside() -> None:
+    """If no mark is found, torch renamed what makes a later capture dynamic: see _DYNAMIC_MARKS."""
+    x = torch.compile(nn.ReLU(), backend="aot_eager", dynamic=True)(torch.randn(3, 4))
+    before = dict(x.__dict__)
+    assert set(before) & set(capture._DYNAMIC_MARKS)
+    captured = capture.capture(Net(), (x,), {})
+    shapes = [node.meta["example_value"].shape for node in captured.graph_module.graph.find_nodes(op="placeholder")]
+    assert all(isinstance(size, int) for shape in shapes for size in shape)
+    assert x.__dict__ == before
+
+
+@pytest.mark.parametrize("question", [lambda x: x.sum().item() > 0, lambda x: bool((x > 0).any())])
+def test_a_branch_on_data_is_a_graph_break(question) -> None:
+    """If this is a CaptureError, torch renamed the types of the errors in _BRANCHES_ON_DATA."""
+
+    class Branching(Net):
+        def forward(self, x):
+            return super().forward(x) if question(x) else x
+
+    with pytest.raises(ChainCutError, match=r"Branching can't be captured in one graph: a graph break at .*test_capture.py"):
+        capture.capture(Branching(), (torch.randn(2, 4),), {})
+
+
+def test_modules_that_are_written_to_have_sources_of_another_spelling() -> None:
+    """If no root is found, Dynamo spells the parameters of such modules in a third way: see _ROOT."""
+
+    class Counting(Net):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    model = Counting()
+    (frame,) = seen_by_backend(capture.current_frame, model)
+    assert frame.roots == {"L['self']": model}
+
+
+def test_graph_breaks_are_counted_with_their_reasons() -> None:
+    """If this is "", Dynamo counts graph breaks elsewhere, and messages lose their cause: see last_graph_break."""
+
+    def broken(x):
+        print("here")
+        return x + 1
+
+    torch._dynamo.utils.counters.clear()
+    assert capture.last_graph_break() == ""
+    torch.compile(broken, backend="eager")(torch.ones(2))
+    assert capture.last_graph_break() != ""
+
+
+def test_captures_see_no_stance_and_leave_it() -> None:
+    """If this fails with a recompilation or no graph, torch keeps the stance elsewhere: see _default_stance."""
+    with torch.compiler.set_stance("force_eager"):
+        assert len(capture.capture(Net(), (torch.randn(2, 4),), {}).parameters) == 3
+        assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+
+
+def test_captures_see_the_user_s_settings_nowhere() -> None:
+    """Errors are not suppressed, earlier shapes make nothing dynamic, and the settings are back afterwards."""
+    settings = {"suppress_errors": True, "automatic_dynamic_shapes": True, "assume_static_by_default": False}
+    with torch._dynamo.config.patch(**settings):
+        for length in (2, 3, 5):
+            captured = capture.capture(Net(), (torch.randn(length, 4),), {})
+            (x,) = (n for n in captured.graph_module.graph.find_nodes(op="placeholder") if n.name not in captured.parameters)
+            assert x.meta["example_value"].shape == (length, 4)
+        assert {name: getattr(torch._dynamo.config, name) for name in settings} == settings
+
+
+def test_a_compiled_module_is_captured_as_itself() -> None:
+    """If names differ, nn.Module.compile() keeps the compiled call under another name than _compiled_call_impl."""
+    plain, compiled = Net(), Net()
+    compiled.inner.compile(backend="eager")
+
+    def stacks(model: nn.Module) -> list[str]:
+        nodes = capture.capture(model, (torch.randn(2, 4),), {}).graph_module.graph.nodes
+        return [path for node in nodes for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+
+    assert stacks(compiled) == stacks(plain) != []
+    assert compiled.inner._compiled_call_impl is not None
+
+
+def test_a_model_that_turns_gradients_on_runs_without_them() -> None:
+    """If a gradient function is found, such switches are no longer nodes that call torch._C._set_grad_enabled."""
+
+    class Switching(Net):
+        def forward(self, x):
+            with torch.no_grad():
+                y = self.inner(x)
+            with torch.enable_grad():
+                return super().forward(x) + y
+
+    captured = capture.capture(Switching(), (torch.randn(2, 4),), {}, run=True)
+    assert captured.graph_module.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
+    assert not captured.result.requires_grad
+
+
+def test_what_fails_in_a_capture_comes_out_of_its_wrapper() -> None:
+    """If this is a CaptureError, Dynamo keeps a backend's error under another name than inner_exception."""
+
+    class Exhausting(Net):
+        def forward(self, x):
+            return exhaust(super().forward(x))
+
+    @torch.library.custom_op("attnres_tests::exhaust", mutates_args=())
+    def exhaust(x: torch.Tensor) -> torch.Tensor:
+        raise MemoryError("no more")
+
+    exhaust.register_fake(torch.empty_like)
+    with pytest.raises(MemoryError, match="no more"):
+        capture.capture(Exhausting(), (torch.randn(2, 4),), {}, run=True)
+
+
+def test_outside_of_ddp_no_module_is_active() -> None:
+    """If this fails with an AttributeError, DDP tells in another way which module it runs: see is_inside_ddp."""
+    assert not capture.is_inside_ddp()

@@ -1,14 +1,16 @@
 """The long run: random networks through everything, in chunks, with a table at the end.
 
-    python tests/fuzz/run.py --networks 2000 --seed 7 --failures FOLDER
+    python tests/fuzz/run.py --networks 2000 --seed 7 --failures FOLDER --record FILE
 
-Chunk k of seed s is hypothesis seeded with (s, k), so that a failure comes again from the numbers in its file.
+Chunk k of seed s is hypothesis seeded with (s, k), so that a failure comes again from the numbers in its file, and a run that was
+interrupted goes on with the chunks that its record lacks.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 import multiprocessing
 import resource
 import time
@@ -43,6 +45,7 @@ class Failure:
 class Tally:
     """What became of the networks of a chunk, or of all."""
 
+    job: tuple[int, ...] = ()  # of a chunk: see run_chunk
     networks: int = 0
     seconds: float = 0.0
     memory: int = 0  # peak resident set of a process, KiB
@@ -71,12 +74,23 @@ class Tally:
         self.gradient_error = max(self.gradient_error, other.gradient_error)
         self.failures += other.failures
 
+    def to_json(self) -> str:
+        fields = dataclasses.asdict(self)
+        return json.dumps({**fields, "kinds": [[*key, count] for key, count in self.kinds.items()]})
+
+    @classmethod
+    def from_json(cls, text: str) -> Tally:
+        fields = json.loads(text)
+        kinds = collections.Counter({(kind, reason): count for kind, reason, count in fields.pop("kinds")})
+        failures = [Failure(**failure) for failure in fields.pop("failures")]
+        return cls(**fields, kinds=kinds, failures=failures)
+
 
 def run_chunk(job: tuple[int, int, int]) -> Tally:
     """Networks of one chunk: (seed, chunk, how many)."""
     seed, chunk, count = job
     torch.set_num_threads(1)
-    tally = Tally()
+    tally = Tally(job)
     start = time.perf_counter()
 
     @hypothesis.seed(seed * 1_000_003 + chunk)
@@ -125,10 +139,16 @@ def main(
     seed: Annotated[int, typer.Option(help="Which ones.")] = 0,
     workers: Annotated[int, typer.Option(help="Processes.")] = 1,
     failures: Annotated[Path | None, typer.Option(help="A folder for the sources of networks that fail.")] = None,
+    record: Annotated[Path | None, typer.Option(help="A file of outcomes by chunk: what it has is not run again.")] = None,
 ) -> None:
     """Check random networks; exit code 1 if one fails."""
     jobs = [(seed, chunk, min(CHUNK, networks - chunk * CHUNK)) for chunk in range(-(-networks // CHUNK))]
     total = Tally()
+    if record is not None and record.exists():
+        known = {tuple(tally.job): tally for tally in map(Tally.from_json, record.read_text().splitlines())}
+        for job in [job for job in jobs if job in known]:
+            total.merge(known[job])
+            jobs.remove(job)
     progress = Console(stderr=True)
     with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=8) as pool:  # Dynamo keeps a part of every capture
         for tally in pool.imap_unordered(run_chunk, jobs):
@@ -142,6 +162,9 @@ def main(
                     name = failure.place.replace(", ", "_").replace(" ", "")
                     (failures / f"{name}.py").write_text(comment + "\n" + failure.source)
             total.merge(tally)
+            if record is not None:
+                with record.open("a") as file:
+                    file.write(tally.to_json() + "\n")
             progress.print(
                 f"{total.networks} of {networks}, {len(total.failures)} failed, {tally.seconds / tally.networks:.2f} s each, "
                 f"{tally.memory / 1024:.0f} MiB"

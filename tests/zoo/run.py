@@ -17,6 +17,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 sys.path.insert(0, str(HERE.parent / "support"))
 
 VERDICTS = HERE / "verdicts.json"
@@ -48,8 +49,10 @@ def _work(connection: Connection) -> None:
     import torch
     import transformers
     from entries import all_entries
+    from interpreter import make_faithful
     from measure import measure
 
+    make_faithful()
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
