@@ -63,11 +63,28 @@ def check(network: Network, options: Options, thorough: bool) -> Outcome:
     names = set(linecache.cache)
     try:
         return _check(network, options, build(source, network.seed, network.training), thorough)
+    except (Mismatch, GeneratorError):
+        raise
+    except Exception as error:
+        if type(error) is type(_failure_of_torch(network, source)):
+            return Outcome("left out", f"torch.compile alone fails: {type(error).__name__}")
+        raise
     finally:
         torch._dynamo.reset()
         for name in set(linecache.cache) - names:
             if name.startswith("<network"):
                 del linecache.cache[name]
+
+
+def _failure_of_torch(network: Network, source: str) -> Exception | None:
+    """What torch.compile raises about the network as it is, without us."""
+    torch._dynamo.reset()
+    model = build(source, network.seed, network.training)
+    try:
+        torch.compile(model, backend="eager", fullgraph=True, dynamic=network.is_dynamic)(*inputs_of(network))
+    except Exception as error:
+        return error
+    return None
 
 
 def _check(network: Network, options: Options, model: nn.Module, thorough: bool) -> Outcome:
