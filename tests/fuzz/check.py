@@ -101,7 +101,7 @@ def _check(network: Network, options: Options, model: nn.Module, thorough: bool)
     if not network.near_miss:
         walk = Walk(network, model, inputs)
         if walk.is_unclear:
-            return Outcome("left out", "a value added to its own multiple")
+            return Outcome("left out", "a sum that can be read in two ways")
         structures = walk.structures
         if (error := error_of(walk.outputs, outputs)) > ZERO_TOLERANCE * 1e3:
             raise GeneratorError(f"the printed module and the plain walk differ by {error:.1e}")

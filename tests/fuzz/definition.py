@@ -46,7 +46,7 @@ class Walk:
         self.ids, self.patches, self.entry, self.side, self.mask = inputs
         self.structures: list[Structure] = []
         self.aux: list[Callable[[], Tensor]] = []
-        self.is_unclear = False
+        self.is_unclear = self.has_projection = False
         memory = self.side
         torch.manual_seed(DRAWS)
         for i, tower in enumerate(network.towers):
@@ -158,7 +158,10 @@ class Walk:
             self._reader(step, value)
         elif isinstance(step, Injection):
             if step.kind == "side":
+                # side + project(side) in an embedding is a stream that begins at side, too, with a branch that reads it raw.
+                self.is_unclear |= not value.adds and self.has_projection
                 return value.inject(self.side)
+            self.has_projection |= step.kind == "projected"
             return value.inject(self._parameter("positions") if step.kind == "positions" else self._module("project")(self.side))
         elif isinstance(step, Remember):
             kept.append(value)

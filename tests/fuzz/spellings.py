@@ -10,7 +10,9 @@ SPELLINGS = {
     "rms one plus weight": "(1 + {w}) * ({x} * torch.rsqrt({x}.pow(2).mean(-1, keepdim=True) + {e}))",
     "rms upcast": "{w} * ({x}.to(torch.float64) * torch.rsqrt({x}.to(torch.float64).pow(2).mean(-1, keepdim=True) + {e})).to("
     "{x}.dtype)",
-    "rms in float32": "{w} * ({x}.float() * torch.rsqrt({x}.float().pow(2).mean(-1, keepdim=True) + {e})).type_as({x})",
+    # Rounded to float32, but reduced in float64: how a float32 reduction rounds depends on the layout in memory.
+    "rms in float32": "{w} * ({x}.float() * torch.rsqrt({x}.float().double().pow(2).mean(-1, keepdim=True) + {e}).float())"
+    ".type_as({x})",
     "rms by norm": "{w} * {x} / ({x}.norm(dim=-1, keepdim=True) * {d} ** -0.5 + {e})",
     "rms by einsum": "{w} * ({x} * torch.rsqrt(torch.einsum('...d,...d->...', {x}, {x}).unsqueeze(-1) / {d} + {e}))",
     "F.normalize": "F.normalize({x}, dim=-1) * {d} ** 0.5 * {w}",

@@ -159,7 +159,7 @@ def norm_value(norm: Norm, x: Tensor, weight: Tensor | None, bias: Tensor | None
     if name == "rms one plus weight":
         return rms(x, eps) * (1 + w)
     if name == "rms in float32":
-        return (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)).double() * w
+        return (x.float() * torch.rsqrt(x.float().double().pow(2).mean(-1, keepdim=True) + eps).float()).double() * w
     if name == "rms by norm":
         return x / (x.norm(dim=-1, keepdim=True) * x.shape[-1] ** -0.5 + eps) * w
     if name == "F.normalize":
