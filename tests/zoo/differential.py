@@ -45,7 +45,8 @@ def error_of_compiled(
     def backend(graph_module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         return compile_rewritten(graph_module, inputs, eager)
 
-    return relative_error(_run(torch.compile(model, backend=backend, dynamic=False), args, kwargs), _run(rewritten, args, kwargs))
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)  # fullgraph: as models are captured ahead of time
+    return relative_error(_run(compiled, args, kwargs), _run(rewritten, args, kwargs))
 
 
 def error_of_kernels(
