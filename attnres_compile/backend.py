@@ -187,7 +187,7 @@ def relative_to(report: Report, path: str) -> Report:
 
 def _tie_to_dynamo(root: str, path: str, program: Program, parameters: AttnResParameters) -> None:
     sources = capture.parameter_sources(root, path, parameters.sites, parameters.names)
-    nodes = [node for site in program.sites for node in (site.query, site.key_norm) if node is not None]
+    nodes = [node for site in program.sites for node in site.parameters.values()]
     capture.prepare_for_compiler(program.graph_module, list(zip(nodes, sources, strict=True)))
     capture.guard_on(root, path)
     capture.guard_on_tensors(sources)

@@ -12,6 +12,8 @@ from attnres_compile.errors import ConfigError
 FORMAT_VERSION = 1
 VARIANTS = ("block", "full")
 SCALES = ("preserve", "paper")
+WEIGHTS = ("softmax", "sigmoid", "static", "mhc", "standard")
+QUERIES = ("learned", "input")
 
 
 class _DefaultBlocks(int):
@@ -34,6 +36,14 @@ class AttnResConfig:
         key_norm: whether keys carry a learned RMSNorm weight, initialised to one.
         eps: added to the mean square of a key; ``None`` takes the eps of the norm that reads the site. Less than 1e-12 counts as
             that, as a source may be zero.
+        weights: how a site weighs its sources. ``"softmax"`` over depth is Attention Residuals; the others are what the paper
+            compares it with: ``"sigmoid"`` of each score by itself, ``"static"`` learned numbers that no input changes
+            (DenseFormer), ``"mhc"`` those of four residual streams with doubly stochastic mixing (manifold-constrained
+            hyper-connections, without their dependence on the input; Full alone), ``"standard"`` the residual sum, with nothing
+            learned.
+        query: ``"learned"`` is a vector; ``"input"`` adds a learned projection of the latest source, normalised.
+        heads: number H of heads, each with weights of its own for its ``D / H`` features.
+        normalize_keys: whether keys go through RMSNorm at all; without it there is no key-norm weight either.
 
     Raises:
         ConfigError: for an unknown value or a contradiction.
@@ -45,20 +55,29 @@ class AttnResConfig:
     scale: str = "preserve"
     key_norm: bool = True
     eps: float | None = None
+    weights: str = "softmax"
+    query: str = "learned"
+    heads: int = 1
+    normalize_keys: bool = True
 
     def __post_init__(self) -> None:
         _require_one_of("variant", self.variant, VARIANTS)
         _require_one_of("scale", self.scale, SCALES)
-        for name in ("num_blocks", "block_size"):
+        _require_one_of("weights", self.weights, WEIGHTS)
+        _require_one_of("query", self.query, QUERIES)
+        for name in ("num_blocks", "block_size", "heads"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name} must be a positive integer or None, not {value!r}.")
-        if not isinstance(self.key_norm, bool):
-            raise ConfigError(f"key_norm must be True or False, not {self.key_norm!r}.")
+            optional = name != "heads"
+            if not (value is None and optional) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} must be a positive integer{' or None' if optional else ''}, not {value!r}.")
+        for name in ("key_norm", "normalize_keys"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}.")
         if self.eps is not None and (
             isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not 0 <= self.eps < 1
         ):
             raise ConfigError(f"eps must be a number in [0, 1) or None, not {self.eps!r}.")
+        self._check_weighting()
         if self.variant == "full" and self.block_size not in (None, 1):
             raise ConfigError(
                 f"variant='full' has one sublayer per block, so block_size={self.block_size} contradicts it; use variant='block'."
@@ -70,6 +89,33 @@ class AttnResConfig:
                 object.__setattr__(self, "num_blocks", None)
             if self.block_size is None and self.num_blocks is None:
                 raise ConfigError("variant='block' needs num_blocks or block_size.")
+
+    def _check_weighting(self) -> None:
+        if not self.has_queries:
+            for name, value in (("query", "learned"), ("heads", 1), ("normalize_keys", True)):
+                if getattr(self, name) != value:
+                    raise ConfigError(
+                        f"weights={self.weights!r} has neither queries nor keys, so {name}={getattr(self, name)!r} means nothing "
+                        "there; leave it out."
+                    )
+        if self.weights == "mhc" and self.variant != "full":
+            raise ConfigError("weights='mhc' weighs the outputs of single sublayers; use it with variant='full'.")
+
+    @property
+    def has_queries(self) -> bool:
+        """Whether sites weigh their sources by scores of queries and keys."""
+        return self.weights in ("softmax", "sigmoid")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether sites compute Attention Residuals as such, for which there are two phases and fused kernels."""
+        return not self.departures
+
+    @property
+    def departures(self) -> str:
+        """The options that make a site something else, such as ``"weights='sigmoid'"``; "" if there are none."""
+        plain = {"weights": "softmax", "query": "learned", "heads": 1, "normalize_keys": True}
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name, value in plain.items() if getattr(self, name) != value)
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:

@@ -188,7 +188,7 @@ def _as_module(
     hold_constants(tree, program.graph_module)
     name_of = qualified_names(model)
     arguments = set(map(id, tree_flatten((args, kwargs))[0]))
-    own = {node for site in program.sites for node in (site.query, site.key_norm)}
+    own = {node for site in program.sites for node in site.parameters.values()}
     bound: dict[Node, str] = {}
     inputs: list[Any] = []
     placeholders = [node for node in graph.find_nodes(op="placeholder") if node not in own]
@@ -208,9 +208,7 @@ def _as_module(
                 "which takes dynamic sizes."
             )
     for i, site in enumerate(program.sites):
-        bound[site.query] = f"{ATTRIBUTE}.sites.{i}.query"
-        if site.key_norm is not None:
-            bound[site.key_norm] = f"{ATTRIBUTE}.sites.{i}.key_norm"
+        bound |= {node: f"{ATTRIBUTE}.sites.{i}.{name}" for name, node in site.parameters.items()}
     bind_parameters(graph, bound)
     signature = signature_of(model, args, kwargs, captured.result, inputs, captured.outputs)
     return RewrittenModule.build(tree, graph, type(model).__name__, signature, report_of(program), is_same_graph)

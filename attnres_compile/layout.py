@@ -10,6 +10,7 @@ from attnres_compile.config import AttnResConfig
 from attnres_compile.errors import CheckpointError, ConfigError
 from attnres_compile.plan import plan_site
 from attnres_compile.report import Report
+from attnres_compile.site_parameters import parameter_shapes
 
 CONFIG_KEY = "attnres_config"
 """Where a checkpoint's configuration speaks of AttnRes."""
@@ -25,6 +26,10 @@ class SiteLayout:
     num_sources: int
     before: int
     num_sublayers: int = dataclasses.field(compare=False)  # what differs with it shows in the sites
+
+    def parameter_shapes(self, config: AttnResConfig) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the site's parameters."""
+        return parameter_shapes(config, self.hidden_size, self.num_sources)
 
 
 def layout_of(report: Report) -> tuple[SiteLayout, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from attnres_compile.chain import ResidualChain
 from attnres_compile.config import AttnResConfig
 from attnres_compile.convert import checked_call, plan, report_of
 from attnres_compile.errors import ConfigError
-from attnres_compile.kernels import naive
+from attnres_compile.kernels import naive, naive_variants
 from attnres_compile.parameters import ATTRIBUTE, AttnResParameters, hosts_in
-from attnres_compile.passes.base import Program, run_passes
+from attnres_compile.passes.base import Program, is_site, run_passes
 from attnres_compile.passes.pipeline import REWRITING
 from attnres_compile.patterns.operations import module_of, value_of
 from attnres_compile.report import Report
@@ -38,7 +39,9 @@ class Observer:
         """``value``, ``[..., D]``: what the readers of a site read, the stream itself or the mixture instead of it."""
 
     def weights(self, chain: int, site: int, value: Tensor) -> None:
-        """``value``, ``[n, ...]``: what every token gives to the site's n sources, adding up to one. Rewritten graphs alone."""
+        """``value``, ``[n, ..., H]``: what every token and head gives to the site's n sources, by softmax adding up to one; times
+        the site's scale it is a row of the depth mixing matrix. Rewritten graphs alone.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,11 +169,8 @@ class _Runner(Interpreter):
         for chain, sublayer, scale in self.terms.get(node, ()):
             self._add(chain, sublayer, value if scale == 1.0 else scale * value)
         for chain, site in self.reads.get(node, ()):
-            if node.target is torch.ops.attnres.site.default:
-                sources, query, key_norm, eps, _ = self.fetch_args_kwargs_from_env(node)[0]
-                compute = naive.compute_dtype(naive.storage_dtype(sources))
-                weight = naive.weight_of(query, key_norm, compute)
-                self.observer.weights(chain, site, naive.depth_weights([x.to(compute) for x in sources], weight, eps))
+            if is_site(node):
+                self.observer.weights(chain, site, _depth_weights(*self.fetch_args_kwargs_from_env(node)[0]))
             self.observer.read(chain, site, value)
         return value
 
@@ -180,6 +180,17 @@ class _Runner(Interpreter):
         self.left[key] -= 1
         if not self.left[key]:
             self.observer.source(chain, sublayer, _features_last(self.sums.pop(key), self.width[chain]))
+
+
+def _depth_weights(
+    sources: Sequence[Tensor], query: Tensor | None, key_norm: Tensor | None, eps: float, _: float,
+    projection: Tensor | None = None, offset: Tensor | None = None, weights: str = "softmax", heads: int = 1,
+    normalize_keys: bool = True,
+) -> Tensor:  # fmt: skip
+    """The weights, ``[n, ..., H]``, of a site with these arguments."""
+    values = torch.stack([source.to(naive.compute_dtype(naive.storage_dtype(sources))) for source in sources])
+    found = naive_variants.depth_weights(values, query, key_norm, eps, projection, offset, weights, heads, normalize_keys)
+    return found.expand(*values.shape[:-1], heads)
 
 
 def _features_last(value: Tensor, width: int) -> Tensor:

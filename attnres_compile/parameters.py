@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from attnres_compile.config import AttnResConfig
 from attnres_compile.errors import ConfigError, NotRewrittenError, ParameterMismatchError
 from attnres_compile.layout import CONFIG_KEY, SiteLayout, StoredConversion, difference, layout_of
 from attnres_compile.report import Report
+from attnres_compile.site_parameters import initial_value
 
 ATTRIBUTE = "attnres"
 
@@ -24,25 +25,28 @@ class AttnResSite(nn.Module):
     """Parameters of one site.
 
     ``query``: ``[D]``, the pseudo-query, zero at first. ``key_norm``: ``[D]``, the RMSNorm weight of the keys, one at
-    first, or None. Both are 1-D so that optimizers and weight-decay rules treat them as they treat norms.
+    first. Both are 1-D so that optimizers and weight-decay rules treat them as they treat norms. Each is None where the options
+    have no such thing; some have others, see :func:`attnres_compile.site_parameters.parameter_shapes`.
     """
 
     query: nn.Parameter
     key_norm: nn.Parameter | None
 
-    def __init__(self, hidden_size: int, key_norm: bool, device: torch.device | None, dtype: torch.dtype | None) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], device: torch.device | None, dtype: torch.dtype | None) -> None:
         super().__init__()
-        self.query = nn.Parameter(torch.zeros(hidden_size, device=device, dtype=dtype))
-        self.register_parameter(
-            "key_norm", nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype)) if key_norm else None
-        )
+        for name in ("query", "key_norm"):
+            self.register_parameter(name, None)
+        for name, shape in shapes.items():
+            value = torch.full(shape, initial_value(name), device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(value))
 
     def extra_repr(self) -> str:
-        return f"hidden_size={self.query.numel()}, key_norm={self.key_norm is not None}"
+        held = ((name, parameter) for name, parameter in self._parameters.items() if parameter is not None)
+        return ", ".join(f"{name}={list(parameter.shape)}" for name, parameter in held)
 
 
 class AttnResParameters(nn.Module):
-    """``model.attnres``: the pseudo-queries and key-norm weights of all sites, in stream order, chain after chain."""
+    """``model.attnres``: the parameters of all sites, in stream order, chain after chain."""
 
     def __init__(
         self, config: AttnResConfig, layout: tuple[SiteLayout, ...], device: torch.device | None = None,
@@ -51,7 +55,7 @@ class AttnResParameters(nn.Module):
         super().__init__()
         self.config = config
         self.layout = layout
-        self.sites = nn.ModuleList(AttnResSite(site.hidden_size, config.key_norm, device, dtype) for site in layout)
+        self.sites = nn.ModuleList(AttnResSite(site.parameter_shapes(config), device, dtype) for site in layout)
 
     def forward(self, x: Tensor) -> Tensor:
         """The identity: a container such as nn.Sequential calls every child, this one too."""
@@ -60,14 +64,14 @@ class AttnResParameters(nn.Module):
     @property
     def names(self) -> tuple[str, ...]:
         """What every site holds."""
-        return ("query", "key_norm") if self.config.key_norm else ("query",)
+        return tuple(self.layout[0].parameter_shapes(self.config))
 
     def tensors(self) -> list[Tensor]:
-        """Queries and key-norm weights, site after site: the order of the rewritten graph's extra inputs.
+        """Queries, key-norm weights and so on, site after site: the order of the rewritten graph's extra inputs.
 
         Raises:
-            ParameterMismatchError: if there are more or fewer than there should be, or one is no vector of its site's width. A
-                wrong one would broadcast, and compute something else.
+            ParameterMismatchError: if there are more or fewer than there should be, or one has not the shape that its site
+                asks for. A wrong one would broadcast, and compute something else.
         """
         sites = getattr(self, "sites", ())
         if len(sites) != len(self.layout):
@@ -76,9 +80,9 @@ class AttnResParameters(nn.Module):
             )
         found: list[Tensor] = []
         for i, (site, entry) in enumerate(zip(sites, self.layout, strict=True)):
-            for name in self.names:
+            for name, shape in entry.parameter_shapes(self.config).items():
                 tensor = getattr(site, name, None)
-                if problem := _problem(tensor, entry.hidden_size, next(iter(found), tensor)):
+                if problem := _problem(tensor, shape, next(iter(found), tensor)):
                     raise ParameterMismatchError(
                         f"attnres.sites.{i}.{name} {problem}; load it again, or remove AttnRes and convert anew."
                     )
@@ -115,7 +119,7 @@ class AttnResParameters(nn.Module):
         Raises:
             ParameterMismatchError: naming the option or the first site that differs.
         """
-        for name in ("scale", "key_norm", "eps"):
+        for name in ("scale", "key_norm", "eps", "weights", "query", "heads", "normalize_keys"):
             mine, its = getattr(self.config, name), getattr(stored.config, name)
             if mine != its:
                 raise ParameterMismatchError(
@@ -145,15 +149,15 @@ class AttnResParameters(nn.Module):
         )
 
 
-def _problem(tensor: Any, width: int, first: Any) -> str:
-    """Why ``tensor`` can't be the query or key-norm weight of a site that is ``width`` wide, or "" if it can.
+def _problem(tensor: Any, shape: tuple[int, ...], first: Any) -> str:
+    """Why ``tensor`` can't be the parameter of a site that has this ``shape``, or "" if it can.
 
     ``first`` is the first of them all.
     """
     if not isinstance(tensor, Tensor):
         return "was deleted"
-    if tensor.shape != (width,):
-        return f"has shape {list(tensor.shape)} instead of [{width}]"
+    if tensor.shape != shape:
+        return f"has shape {list(tensor.shape)} instead of {list(shape)}"
     if not tensor.is_floating_point():
         return f"holds {str(tensor.dtype).removeprefix('torch.')}, no floating-point numbers"
     if tensor.is_meta != first.is_meta:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 from typing import Any
 
 from attnres_compile.chain import ResidualChain
 from attnres_compile.config import AttnResConfig
 from attnres_compile.plan import AttnResPlan
+from attnres_compile.site_parameters import parameter_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +95,13 @@ class Report:
 
     @property
     def num_added_parameters(self) -> int:
-        """Elements of the queries and key-norm weights that the sites carry."""
-        per_feature = 2 if self.config is None or self.config.key_norm else 1
-        return sum(chain.num_sites * chain.hidden_size * per_feature for chain in self.chains)
+        """Elements of the queries, key-norm weights and so on that the sites carry."""
+        return sum(self._added_to(chain) for chain in self.chains)
+
+    def _added_to(self, chain: ChainReport) -> int:
+        config = self.config or AttnResConfig()
+        shapes = (parameter_shapes(config, site.hidden_size, site.num_sources or 0) for site in chain.sites)
+        return sum(math.prod(shape) for of_site in shapes for shape in of_site.values())
 
     def near_misses(self, limit: int = 3) -> tuple[Refusal, ...]:
         """The refused chains that came closest, the longest first; where no chain was refused, lone adds and reads."""
@@ -131,10 +137,9 @@ class Report:
         chains = Table(title="Residual chains", title_justify="left")
         for header in ("chain", "kind", "sublayers", "sites", "blocks", "hidden size", "added parameters"):
             chains.add_column(header, justify="left" if header == "kind" else "right")
-        per_feature = 2 if self.config is None or self.config.key_norm else 1
         for i, chain in enumerate(self.chains):
             blocks = "" if chain.block_sizes is None else _describe_blocks(chain.block_sizes)
-            added = chain.num_sites * chain.hidden_size * per_feature
+            added = self._added_to(chain)
             chains.add_row(
                 str(i), chain.kind, str(chain.num_sublayers), str(chain.num_sites), blocks, str(chain.hidden_size), f"{added:,}"
             )

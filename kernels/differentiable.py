@@ -7,7 +7,6 @@ adds its own share; no gradient of the size of the stream is added up outside of
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from attnres_compile.kernels import fused, naive_inter, naive_merge, naive_site
-from attnres_compile.kernels.naive import compute_dtype, storage_dtype, weight_of
+from attnres_compile.kernels.naive import compute_dtype, storage_dtype, weight_of, without_autocast
 
 
 @dataclass(frozen=True)
@@ -103,12 +102,6 @@ def site(
     return list(_Site.apply(KERNELS[kernels], eps, scale, weight, prior, prior_lse, *sources))  # type: ignore[no-untyped-call]
 
 
-def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Autocast would round the scores, which are matrix products, to 16 bits."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
-
-
 def _again(tensor: Tensor) -> Tensor:
     return tensor.view_as(tensor)
 
@@ -116,7 +109,7 @@ def _again(tensor: Tensor) -> Tensor:
 class _Inter(Function):
     @staticmethod
     def forward(ctx: Any, kernels: Kernels, eps: float, weights: Tensor, *sources: Tensor) -> tuple[Tensor, ...]:
-        with _without_autocast(weights):
+        with without_autocast(weights):
             mixed, lse, *stats = kernels.inter_forward(sources, weights, eps)
         ctx.kernels, ctx.queries, ctx.num_sources = kernels, weights.shape[0], len(sources)
         ctx.save_for_backward(weights, lse, *sources, *stats)
@@ -132,7 +125,7 @@ class _Inter(Function):
         of_mixed = [torch.zeros_like(sources[0]) if g is None else g for g in grads[: ctx.queries]]
         of_lse = [torch.zeros_like(lse[0]) if g is None else g for g in grads[ctx.queries : 2 * ctx.queries]]
         of_sources = grads[2 * ctx.queries :]
-        with _without_autocast(weights):
+        with without_autocast(weights):
             found, of_weights = ctx.kernels.inter_backward(
                 of_mixed, torch.stack(of_lse), of_sources, sources, weights, lse, *stats
             )
@@ -145,7 +138,7 @@ class _Merge(Function):
         ctx: Any, kernels: Kernels, eps: float, scale: float, norm: str, norm_eps: float, partial: Tensor, branch: Tensor | None,
         mixed: Tensor, lse: Tensor, weight: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        with _without_autocast(weight):
+        with without_autocast(weight):
             total, y, stats = kernels.merge_forward(
                 partial, branch, mixed, lse, weight, eps, scale, norm, norm_weight, norm_bias, norm_eps
             )
@@ -164,7 +157,7 @@ class _Merge(Function):
         norm_bias = stats.pop(0) if ctx.affine[1] else None
         if grad_y is None:
             grad_y = torch.zeros_like(total)
-        with _without_autocast(weight):
+        with without_autocast(weight):
             of_total, *others = ctx.kernels.merge_backward(
                 grad_y, grad_total, total, mixed, weight, ctx.scale, ctx.norm, norm_weight, norm_bias, stats
             )
@@ -177,7 +170,7 @@ class _Site(Function):
         ctx: Any, kernels: Kernels, eps: float, scale: float, weight: Tensor, prior: Tensor | None, prior_lse: Tensor | None,
         *sources: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        with _without_autocast(weight):
+        with without_autocast(weight):
             h, *stats = kernels.site_forward(sources, weight, eps, scale, prior, prior_lse)
         ctx.kernels, ctx.scale, ctx.num_sources, ctx.has_prior = kernels, scale, len(sources), prior is not None
         ctx.save_for_backward(weight, *([prior, prior_lse] if ctx.has_prior else []), *sources, *stats)
@@ -192,6 +185,6 @@ class _Site(Function):
         sources, stats = rest[: ctx.num_sources], rest[ctx.num_sources :]
         if grad_h is None:
             grad_h = torch.zeros_like(sources[0])
-        with _without_autocast(weight):
+        with without_autocast(weight):
             found, *others = ctx.kernels.site_backward(grad_h, grad_sources, sources, weight, ctx.scale, prior, prior_lse, *stats)
         return None, None, None, *others, *found

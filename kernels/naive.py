@@ -7,8 +7,10 @@ Symbols as in arXiv 2603.15031: sources v_i, pseudo-query w, key-norm weight g, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,12 @@ def storage_dtype(sources: Sequence[Tensor]) -> torch.dtype:
 def compute_dtype(storage: torch.dtype) -> torch.dtype:
     """Arithmetic is float32 for 16- and 32-bit storage and float64 for float64."""
     return torch.float64 if storage == torch.float64 else torch.float32
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Autocast would round scores that are matrix products to 16 bits."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
 
 
 def rows(x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """The operators of the ``attnres::`` namespace that graphs hold between the passes.
 
 ``attnres::site`` is what rewriting puts into a graph, ``attnres::inter`` and ``attnres::merge`` what the two phases make of a
-block of sites. All of them run and differentiate as they stand. ``attnres::only_rewritten`` marks the input of a converted
-model: rewriting removes it, and a graph that was not rewritten raises when it runs.
+block of sites. ``attnres::site_variant`` is a site that weighs its sources otherwise, ``attnres::multi_stream_offsets`` what it
+does so by. All of them run and differentiate as they stand. ``attnres::only_rewritten`` marks the input of a converted model:
+rewriting removes it, and a graph that was not rewritten raises when it runs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, custom_op
 
-from attnres_compile.kernels import differentiable, fused, naive
+from attnres_compile.kernels import differentiable, fused, naive, naive_variants
 from attnres_compile.kernels.differentiable import KERNELS, NAIVE, kernels_for
 
 NOT_REWRITTEN = (
@@ -32,6 +33,13 @@ _library.define(
     "site_with_prior(Tensor[] sources, Tensor query, Tensor? key_norm, float eps, float scale, Tensor prior, Tensor prior_lse) "
     "-> Tensor"
 )
+_library.define(
+    "site_variant(Tensor[] sources, Tensor? query, Tensor? key_norm, float eps, float scale, Tensor? projection=None, "
+    "Tensor? offset=None, str weights='softmax', int heads=1, bool normalize_keys=True) -> Tensor"
+)
+_library.define("multi_stream_offsets(Tensor[] read, Tensor[] write, Tensor[] mix, int[] before) -> Tensor[]")
+_library.impl("site_variant", naive_variants.site_variant, "CompositeImplicitAutograd")
+_library.impl("multi_stream_offsets", naive_variants.multi_stream_offsets, "CompositeImplicitAutograd")
 _library.impl("inter", differentiable.inter, "CompositeImplicitAutograd")
 _library.impl("merge", differentiable.merge, "CompositeImplicitAutograd")
 _library.impl("site_with_prior", lambda *arguments: differentiable.site(*arguments)[0], "CompositeImplicitAutograd")

@@ -27,6 +27,7 @@ PASSES = {
     "fuse_norms": True, "lower": True,
 }  # fmt: skip
 MADE_BY = "attnres_pass"  # meta key of new nodes: the pass that made them
+SITE_NUMBER = "attnres_site"  # meta key of sites, see site_number
 
 
 def describe(node: Node, origin: Node, made_by: str, value: Any) -> Node:
@@ -38,11 +39,10 @@ def describe(node: Node, origin: Node, made_by: str, value: Any) -> Node:
 
 @dataclasses.dataclass(frozen=True)
 class SiteNodes:
-    """The nodes of one rewritten site; ``query`` and ``key_norm`` are graph inputs, ``call`` gives what the readers read."""
+    """The nodes of one rewritten site: its parameters by name, and the ``call`` that gives what the readers read."""
 
     call: Node
-    query: Node
-    key_norm: Node | None
+    parameters: dict[str, Node]
     stream: Node
 
 
@@ -129,9 +129,10 @@ def check_graph(graph_module: GraphModule, after: str) -> None:
         graph.lint()
     except (RuntimeError, ValueError) as error:
         raise VerificationError(f"pass {after!r} left a malformed graph: {error}") from error
-    for node in graph.find_nodes(op="call_function", target=torch.ops.attnres.site.default):
+    for node in filter(is_site, graph.nodes):
         sources, query = node.args[0], node.args[1]
-        if not isinstance(sources, (list, tuple)) or len(sources) < 2 or not isinstance(query, Node):
+        lacks_query = node.target is torch.ops.attnres.site.default and not isinstance(query, Node)
+        if not isinstance(sources, (list, tuple)) or len(sources) < 2 or lacks_query:
             raise VerificationError(f"pass {after!r} left {node.name!r}, a site with fewer than two sources or without a query.")
     for node in graph.find_nodes(op="call_function", target=torch.ops.attnres.inter.default):
         sources, queries, key_norms = node.args[:3]
@@ -140,4 +141,13 @@ def check_graph(graph_module: GraphModule, after: str) -> None:
 
 
 def is_site(node: Node) -> bool:
-    return node.op == "call_function" and node.target is torch.ops.attnres.site.default
+    return node.op == "call_function" and node.target in (
+        torch.ops.attnres.site.default,
+        torch.ops.attnres.site_variant.default,
+    )
+
+
+def site_number(site: Node) -> int:
+    """The place of a site in ``model.attnres.sites``."""
+    number: int = site.meta[SITE_NUMBER]
+    return number

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from attnres_compile.errors import ConfigError
 from attnres_compile.kernels import differentiable
 from attnres_compile.passes.base import Program, describe
 from attnres_compile.passes.regions import GradientRegions
@@ -33,14 +34,24 @@ class Lower:
 
     Fused kernels are opaque to the compiler behind. Plain torch it fuses; either way the functions bring their own backward.
 
+    Sites that weigh their sources otherwise (``attnres::site_variant``) are plain torch as they stand, on every device.
+
     Args:
         kernels: "naive" or "fused" for all sites; None chooses by device and dtype.
+
+    Raises:
+        ConfigError: if "fused" is asked for such sites.
     """
 
     kernels: str | None = None
     name: str = "lower"
 
     def run(self, program: Program) -> tuple[Program, int]:
+        if self.kernels == differentiable.FUSED and not program.config.is_plain:
+            raise ConfigError(
+                f"there are no fused kernels for {program.config.departures}; leave that out, or leave the choice of kernels to "
+                "device and options."
+            )
         graph = program.graph_module.graph
         regions = GradientRegions(graph)
         calls = [node for node in graph.nodes if node.op == "call_function" and node.target in _LOWERED]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.fx.node import Argument
 
-from attnres_compile.passes.base import describe, is_site
+from attnres_compile.passes.base import describe, is_site, site_number
 from attnres_compile.passes.cuts import Cuts
 from attnres_compile.passes.modes import Modes, ModeWriter
 from attnres_compile.passes.transfers import block_cache_get, block_cache_put, block_recv, block_send
@@ -42,13 +42,6 @@ def stage_graphs(
     modes, named = Modes(graph), {node.name: node for node in graph.nodes}
     writers = (_StageWriter(graph, cuts, stage, plan, labels, modes, named) for stage, plan in enumerate(transport))
     return tuple(writer.write(numbers, is_last=stage == len(transport) - 1) for stage, writer in enumerate(writers))
-
-
-def site_number(site: Node) -> int:
-    """The place of a site in ``model.attnres.sites``, as its query's name has it."""
-    query = site.args[1]
-    assert isinstance(query, Node)
-    return int(str(query.target).split(".")[-2])
 
 
 class _StageWriter:

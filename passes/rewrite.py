@@ -12,8 +12,9 @@ from torch.fx import Graph, Node, map_arg
 
 from attnres_compile.chain import Read, ResidualAdd, ResidualChain
 from attnres_compile.config import AttnResConfig
-from attnres_compile.passes.base import MADE_BY, Program, SiteNodes, describe
+from attnres_compile.passes.base import MADE_BY, SITE_NUMBER, Program, SiteNodes, describe
 from attnres_compile.passes.graph_index import GraphIndex
+from attnres_compile.passes.multi_stream import weigh_by_streams
 from attnres_compile.passes.normalize import IN_PLACE_SPELLING, restore_in_place
 from attnres_compile.passes.regions import recompute_with
 from attnres_compile.patterns.operations import (
@@ -26,6 +27,7 @@ from attnres_compile.patterns.operations import (
 )  # fmt: skip
 from attnres_compile.patterns.residual import keeps_elements
 from attnres_compile.plan import AttnResPlan, SitePlan
+from attnres_compile.site_parameters import parameter_shapes
 
 DEFAULT_EPS = 1e-6
 LEAST_EPS = 1e-12  # a source may be zero, where a sublayer's last weight is, and its key must not be zero times infinity
@@ -33,9 +35,10 @@ LEAST_EPS = 1e-12  # a source may be zero, where a sublayer's last weight is, an
 
 @dataclasses.dataclass(frozen=True)
 class Rewrite:
-    """Puts one ``attnres::site`` behind every site of every chain; queries and key-norm weights become graph inputs.
+    """Puts one ``attnres::site`` behind every site of every chain; its parameters become graph inputs.
 
-    The new placeholders stand behind the others, named ``attnres_sites_{i}_query`` and ``attnres_sites_{i}_key_norm``.
+    Sites that depart from Attention Residuals proper (``AttnResConfig.departures``) are ``attnres::site_variant`` instead. The
+    new placeholders stand behind the others, named ``attnres_sites_{i}_query``, ``attnres_sites_{i}_key_norm`` and so on.
     Graph outputs and raw readers keep the plain sum; residual adds that nothing reads any more are removed.
     """
 
@@ -62,21 +65,23 @@ class _SiteInputs:
         self._graph, self._config, self._count = graph, config, 0
         self._last = list(graph.find_nodes(op="placeholder"))[-1:]
 
-    def next(self, like: Node) -> tuple[Node, Node | None]:
-        name = f"attnres_sites_{self._count}"
+    def next(self, stream: Node, num_sources: int) -> tuple[int, dict[str, Node]]:
+        """The number of the next site, which reads ``stream``, and its parameters by name."""
+        number, value = self._count, value_of(stream)
         self._count += 1
-        value = value_of(like)
-        query = self._placeholder(f"{name}_query", value)
-        return query, self._placeholder(f"{name}_key_norm", value) if self._config.key_norm else None
+        shapes = parameter_shapes(self._config, value.shape[-1], num_sources)
+        with torch.no_grad():
+            made = {name: value.new_empty(shape) for name, shape in shapes.items()}
+        return number, {name: self._placeholder(f"attnres_sites_{number}_{name}", empty) for name, empty in made.items()}
 
-    def _placeholder(self, name: str, stream: torch.Tensor) -> Node:
+    def _placeholder(self, name: str, value: torch.Tensor) -> Node:
         if self._last:
             with self._graph.inserting_after(self._last[0]):
                 node = self._graph.placeholder(name)
         else:
             with self._graph.inserting_before(next(iter(self._graph.nodes))):
                 node = self._graph.placeholder(name)
-        node.meta["example_value"] = stream.new_empty(stream.shape[-1:])
+        node.meta["example_value"] = value
         self._last = [node]
         return node
 
@@ -112,6 +117,8 @@ class _ChainRewriter:
             while waiting and waiting[0][0][1] == done:
                 (read, _), site = waiting.pop(0)
                 sites.append(self._site(read, site))
+        if self.config.weights == "mhc":
+            weigh_by_streams(self.graph, sites, [before for _, before in self.chain.sites])
         return sites
 
     def _step(self, add: ResidualAdd) -> None:
@@ -177,15 +184,19 @@ class _ChainRewriter:
         if read.path:  # features lie elsewhere in the stream's own layout, so every source takes the readers' way
             self.place = read.stream
             sources = [self._relaid(source, read.path) for source in sources]
-        query, key_norm = self.inputs.next(read.stream)
+        number, parameters = self.inputs.next(read.stream, len(sources))
+        function: Any = torch.ops.attnres.site.default
+        arguments: tuple[Any, ...] = (sources, parameters.get("query"), parameters.get("key_norm"), eps, scale)
+        if not self.config.is_plain:
+            function = torch.ops.attnres.site_variant.default
+            how = (self.config.weights, self.config.heads, self.config.normalize_keys)
+            arguments = (*arguments, parameters.get("projection"), parameters.get("offset"), *how)
         reader = read.edges[0][1]
-        call = self._call(
-            torch.ops.attnres.site.default, (sources, query, key_norm, eps, scale), reader, query.name.removesuffix("_query"),
-            _mixture_of(sources),
-        )  # fmt: skip
+        call = self._call(function, arguments, reader, f"attnres_sites_{number}", _mixture_of(sources))
+        call.meta[SITE_NUMBER] = number
         recompute_with(call, reader)
         self._repoint(read.stream, call, set(read.edges))
-        return SiteNodes(call, query, key_norm, read.stream)
+        return SiteNodes(call, parameters, read.stream)
 
     def _repoint(self, value: Node, replacement: Node, edges: set[tuple[Node, Node]]) -> None:
         """Let the readers behind ``edges`` read ``replacement``, the site's image of ``value``.

@@ -16,7 +16,7 @@ from itertools import groupby
 import torch
 from torch.fx import Graph, Node
 
-from attnres_compile.passes.base import MADE_BY, Program, SiteNodes, describe
+from attnres_compile.passes.base import MADE_BY, Program, SiteNodes, describe, site_number
 from attnres_compile.passes.regions import TAGS, GradientRegions, recompute_with
 from attnres_compile.passes.rewrite import Rewrite
 from attnres_compile.patterns.operations import dtype_of, same_shape, value_of
@@ -57,6 +57,10 @@ class TwoPhase:
     name: str = "two_phase"
 
     def run(self, program: Program) -> tuple[Program, int]:
+        if not program.config.is_plain:
+            reason = f"two phases compute softmax attention with one learned query, not {program.config.departures}"
+            alone = tuple(SiteNote(site_number(site.call), reason) for site in program.sites)
+            return dataclasses.replace(program, notes=(*program.notes, *alone)), 0
         graph = program.graph_module.graph
         regions = GradientRegions(graph)
         calls = {i: site.call for i, site in enumerate(program.sites)}
@@ -133,8 +137,9 @@ class _Block:
     def replace(self) -> dict[int, Node]:
         """The new output of every site, by the site's number."""
         first = self.sites[0].call
-        queries = [site.nodes.query for site in self.sites]
-        key_norms = [site.nodes.key_norm for site in self.sites if site.nodes.key_norm is not None]
+        parameters = [site.nodes.parameters for site in self.sites]
+        queries = [nodes["query"] for nodes in parameters]
+        key_norms = [nodes["key_norm"] for nodes in parameters if "key_norm" in nodes]
         arguments = (self.complete, queries, key_norms, first.args[3])
         values = [value_of(first)] * len(self.sites) + [_per_token(value_of(first))] * len(self.sites)
         with self.graph.inserting_before(first):

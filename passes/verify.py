@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections import Counter
 from collections.abc import Iterator
 
+import torch
 from torch.fx import Node
 
 from attnres_compile.chain import ResidualChain
@@ -13,7 +15,7 @@ from attnres_compile.errors import VerificationError
 from attnres_compile.passes.base import MADE_BY, Program, SiteNodes, is_site
 from attnres_compile.passes.graph_index import GraphIndex
 from attnres_compile.passes.normalize import operation_key
-from attnres_compile.patterns.operations import dtype_of, is_call, same_shape
+from attnres_compile.patterns.operations import argument, dtype_of, is_call, same_shape
 from attnres_compile.patterns.residual import match_sum
 
 
@@ -37,8 +39,8 @@ def _sites_follow_plans(program: Program) -> None:
     if planned != found or in_graph != len(planned):
         raise VerificationError(f"planned sites with {planned} sources; the graph has {in_graph} sites with {found}.")
     for site in program.sites:
-        for node in (site.query, site.key_norm):
-            if node is not None and list(node.users) != [site.call]:
+        for node in site.parameters.values():
+            if list(node.users) != [_user_of_parameters(site)]:
                 raise VerificationError(f"parameter {node.name!r} is not used by its own site alone.")
         expected_scale = len(_sources(site.call)) if program.config.scale == "preserve" else 1
         if site.call.args[4] != expected_scale:
@@ -47,6 +49,14 @@ def _sites_follow_plans(program: Program) -> None:
             )
         if not site.call.users:
             raise VerificationError(f"nothing reads the site {site.call.name!r}.")
+
+
+def _user_of_parameters(site: SiteNodes) -> Node:
+    """The site itself, or what makes the weights of all sites of a chain."""
+    offset = argument(site.call, 6, "offset", None) if site.call.target is torch.ops.attnres.site_variant.default else None
+    row = offset.args[0] if isinstance(offset, Node) and offset.target is operator.getitem else site.call
+    assert isinstance(row, Node)
+    return row
 
 
 def _sites_look_like_the_stream(program: Program) -> None:

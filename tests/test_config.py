@@ -11,13 +11,14 @@ import pytest
 from attnres_compile import AttnResConfig, ConfigError
 from attnres_compile.config import FORMAT_VERSION
 
-OPTIONS = "variant, num_blocks, block_size, scale, key_norm, eps"
+OPTIONS = "variant, num_blocks, block_size, scale, key_norm, eps, weights, query, heads, normalize_keys"
 
 
 def test_defaults() -> None:
     fields = dataclasses.asdict(AttnResConfig())
     assert fields == {
         "variant": "block", "num_blocks": 8, "block_size": None, "scale": "preserve", "key_norm": True, "eps": None,
+        "weights": "softmax", "query": "learned", "heads": 1, "normalize_keys": True,
     }  # fmt: skip
 
 

@@ -109,8 +109,8 @@ def test_every_read_is_the_sum_that_the_mixing_matrix_says(name: str, config_nam
             scale = float(site.num_sources) if config.scale == "preserve" else 1.0
             row = mixing_row(seen.depth[site.index], plan_site(site.before, size, count), size, count, scale)
             assert not row[site.before + 1 :].any()
-            expected = seen.reads[site.index]
-            torch.testing.assert_close((row.unsqueeze(-1) * values).sum(0), expected, rtol=1e-12, atol=1e-12)
+            by_head = row.unsqueeze(-1) * values.unflatten(-1, (config.heads, -1))
+            torch.testing.assert_close(by_head.sum(0).flatten(-2), seen.reads[site.index], rtol=1e-12, atol=1e-12)
             torch.testing.assert_close(mean, row.flatten(1).mean(1), rtol=1e-12, atol=1e-14)
 
 

@@ -125,7 +125,7 @@ def _checked_names(folder: ModelFolder, stored: StoredConversion) -> tuple[str, 
     names = site_names(stored.layout, stored.config, stored.naming, host)
     wanted = [name for site in names for name in names_in(site)]
     missing = [name for name in wanted if name not in folder.tensors]
-    if len(missing) == len(wanted):
+    if missing and len(missing) == len(wanted):
         raise CheckpointError(
             f"{folder.path}: config.json speaks of AttnRes with {len(stored.layout)} sites, but none of their tensors is there. "
             "Stock Transformers loads a converted checkpoint without them and leaves such a directory when it saves it again. "
@@ -143,9 +143,9 @@ def _checked_names(folder: ModelFolder, stored: StoredConversion) -> tuple[str, 
             "together."
         )
     for site, entry in zip(names, stored.layout, strict=True):
-        for name in names_in(site):
+        for parameter, own in entry.parameter_shapes(stored.config).items():
+            name, expected = site.tensors[parameter], site.shape(parameter, own)
             shape = folder.tensors[name].tensors[name].shape
-            expected = (1, entry.hidden_size) if site.column and name == site.query else (entry.hidden_size,)
             if shape != expected:
                 raise CheckpointError(
                     f"{folder.path}: {name} has shape {list(shape)}, where config.json asks for {list(expected)}; the two do not "
@@ -200,7 +200,6 @@ def _attach(
     parameters = attach(owner, AttnResParameters(stored.config, stored.layout, device, dtype))
     cast = kwargs.get("dtype", kwargs.get("torch_dtype", "auto")) not in (None, "auto")
     for holder, entry in zip(parameters.sites, names, strict=True):
-        for attribute, name in (("query", entry.query), ("key_norm", entry.key_norm)):
-            if name is not None:
-                value = tensors[name].flatten().to(device, dtype if cast else None)
-                setattr(holder, attribute, nn.Parameter(value))
+        for parameter, name in entry.tensors.items():
+            own = holder.get_parameter(parameter)
+            setattr(holder, parameter, nn.Parameter(tensors[name].view(own.shape).to(device, dtype if cast else None)))

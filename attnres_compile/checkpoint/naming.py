@@ -11,7 +11,7 @@ from attnres_compile.errors import CheckpointError, ConfigError
 from attnres_compile.layout import OWN_NAMING, SiteLayout
 
 _LAYER = re.compile(r"^(?P<layers>.+?)\.(?P<layer>\d+)\..+$")
-OWN_TENSOR = re.compile(r"^(?P<host>(?:.+\.)?)attnres\.sites\.\d+\.(?:query|key_norm)$")
+OWN_TENSOR = re.compile(r"^(?P<host>(?:.+\.)?)attnres\.sites\.\d+\.(?:query|key_norm|projection|offset|read|write|mix)$")
 """Our own names below the converted module, which is ``host``: "" or a qualified name and a dot."""
 
 
@@ -39,16 +39,22 @@ NAMINGS = (OWN_NAMING, *FOREIGN)
 
 @dataclasses.dataclass(frozen=True)
 class SiteNames:
-    """The tensors of one site. ``column`` tells whether the query is stored as ``[1, D]`` and not as ``[D]``."""
+    """Where a checkpoint holds the parameters of one site, each by its own name such as "query".
 
-    query: str
-    key_norm: str | None
+    ``column`` tells whether the query is stored as ``[1, D]`` and not as ``[D]``.
+    """
+
+    tensors: dict[str, str]
     column: bool = False
+
+    def shape(self, parameter: str, own: tuple[int, ...]) -> tuple[int, ...]:
+        """The stored shape of ``parameter``, which a model holds as ``own``."""
+        return (1, *own) if self.column and parameter == "query" else own
 
 
 def names_in(site: SiteNames) -> list[str]:
-    """The names of a site's tensors: the query's, and the key norm's if it has one."""
-    return [site.query] if site.key_norm is None else [site.query, site.key_norm]
+    """The names of a site's tensors."""
+    return list(site.tensors.values())
 
 
 def host_in(names: Iterable[str]) -> str:
@@ -70,8 +76,10 @@ def site_names(layout: Sequence[SiteLayout], config: AttnResConfig, naming: str,
         ConfigError: for an unknown naming, or one that has no names for these sites.
     """
     if naming == OWN_NAMING:
-        own = [f"{host}attnres.sites.{i}" for i in range(len(layout))]
-        return [SiteNames(f"{name}.query", f"{name}.key_norm" if config.key_norm else None) for name in own]
+        return [
+            SiteNames({name: f"{host}attnres.sites.{i}.{name}" for name in site.parameter_shapes(config)})
+            for i, site in enumerate(layout)
+        ]
     return [_foreign_names(stem) for stem in _stems(layout, config, naming)]
 
 
@@ -94,7 +102,7 @@ def foreign_entries(layout: Sequence[SiteLayout], config: AttnResConfig, naming:
 
 
 def _foreign_names(stem: str) -> SiteNames:
-    return SiteNames(f"{stem}_proj.weight", f"{stem}_norm.weight", column=True)
+    return SiteNames({"query": f"{stem}_proj.weight", "key_norm": f"{stem}_norm.weight"}, column=True)
 
 
 def _stems(layout: Sequence[SiteLayout], config: AttnResConfig, naming: str) -> list[str]:
@@ -103,6 +111,8 @@ def _stems(layout: Sequence[SiteLayout], config: AttnResConfig, naming: str) -> 
     foreign = FOREIGN[naming]
     if not config.key_norm:
         raise ConfigError(f"naming {naming!r} has a key norm at every site, so it needs key_norm=True.")
+    if not config.is_plain:
+        raise ConfigError(f"naming {naming!r} has no names for {config.departures}. Use naming {OWN_NAMING!r}.")
     count = layout[0].num_sublayers
     if count % 2 or [site.before for site in layout] != list(range(1, count + 1)):
         raise ConfigError(

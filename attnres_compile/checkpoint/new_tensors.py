@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,24 +12,27 @@ from attnres_compile.checkpoint.naming import FOREIGN, SiteNames, foreign_entrie
 from attnres_compile.checkpoint.state_files import SAFETENSORS_DTYPES
 from attnres_compile.errors import ConfigError
 from attnres_compile.layout import OWN_NAMING, StoredConversion
+from attnres_compile.site_parameters import initial_value
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def new_tensors(stored: StoredConversion, dtype: torch.dtype, host: str = "") -> dict[str, Tensor]:
-    """Zero queries and key-norm weights of one for every site, by the names that they get in a checkpoint."""
+    """Zero queries, key-norm weights of one and so on for every site, by the names that they get in a checkpoint.
+
+    Raises:
+        ConfigError: if sites have no parameters: there is nothing to add.
+    """
+    if not stored.layout[0].parameter_shapes(stored.config):
+        raise ConfigError(f"weights={stored.config.weights!r} has no parameters: there is nothing to add to a checkpoint.")
     sites = list(zip(site_names(stored.layout, stored.config, stored.naming, host), stored.layout, strict=True))
     unused = [(names, stored.layout[0]) for names in unused_names(stored.layout, stored.config, stored.naming)]
     tensors: dict[str, Tensor] = {}
     for names, site in [*unused, *sites]:
-        tensors[names.query] = torch.zeros(shape_of_query(names, site.hidden_size), dtype=dtype)
-        if names.key_norm is not None:
-            tensors[names.key_norm] = torch.ones(site.hidden_size, dtype=dtype)
+        for parameter, shape in site.parameter_shapes(stored.config).items():
+            made = torch.full(names.shape(parameter, shape), initial_value(parameter), dtype=dtype)
+            tensors[names.tensors[parameter]] = made
     return tensors
-
-
-def shape_of_query(names: SiteNames, hidden_size: int) -> tuple[int, ...]:
-    return (1, hidden_size) if names.column else (hidden_size,)
 
 
 def dtype_named(name: str | None) -> torch.dtype | None:
@@ -45,21 +48,22 @@ def common_dtype(dtypes: Iterable[torch.dtype | None]) -> torch.dtype:
     return found.most_common(1)[0][0] if found else torch.float32
 
 
-def what_is_lost(queries: Sequence[Tensor], stored: StoredConversion) -> str:
-    """What a model loses with its AttnRes tensors, in a sentence."""
-    trained = [query for query in queries if query.count_nonzero()]
+def what_is_lost(tensors: Mapping[str, Tensor], names: Sequence[SiteNames], stored: StoredConversion) -> str:
+    """What a model loses with its AttnRes ``tensors``, those of ``names``, in a sentence."""
+    what = "queries" if stored.config.has_queries else "parameters"
+    largest = [max(float(tensors[name].abs().max()) for key, name in site.tensors.items() if key != "key_norm") for site in names]
+    trained = [value for value in largest if value]
     if trained:
-        largest = max(query.abs().max().item() for query in trained)
         return (
-            f"{len(trained)} of {len(queries)} sites have queries that are not zero (the largest entry is {largest:.3g}): "
+            f"{len(trained)} of {len(names)} sites have {what} that are not zero (the largest entry is {max(trained):.3g}): "
             "without AttnRes the model computes something else"
         )
     if stored.config.scale == "paper":
         return (
-            "all queries are zero, so nothing learned is lost; but scale='paper' divides what norms read by the number of "
+            f"all {what} are zero, so nothing learned is lost; but scale='paper' divides what norms read by the number of "
             "sources, which their eps does not hide: without AttnRes outputs differ slightly"
         )
-    return "all queries are zero: the model computes the same without AttnRes"
+    return f"all {what} are zero: the model computes the same without AttnRes"
 
 
 def notes_on(stored: StoredConversion) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnres_compile.checkpoint.folders import Conversion, NewTensors, write_converted, write_renamed, write_reverted
-from attnres_compile.checkpoint.naming import foreign_entries, host_in, names_in, site_names, unused_names
+from attnres_compile.checkpoint.naming import SiteNames, foreign_entries, host_in, names_in, site_names, unused_names
 from attnres_compile.checkpoint.new_tensors import common_dtype, new_tensors, notes_on, what_is_lost
 from attnres_compile.checkpoint.progress import working
 from attnres_compile.checkpoint.shards import ModelFolder, read_folder, read_tensors
@@ -71,19 +71,20 @@ def convert_checkpoint(
     else:
         if before.layout != stored.layout:
             raise CheckpointError(f"{source}: its config.json speaks of other sites: {difference(before.layout, stored.layout)}")
-        for old, new in zip(_values(folder, before), site_names(stored.layout, stored.config, naming), strict=True):
-            for value, name in zip(old, names_in(new), strict=True):
+        values, names_before = _values(folder, before)
+        for old, new in zip(names_before, site_names(stored.layout, stored.config, naming), strict=True):
+            for parameter, name in new.tensors.items():
+                value = values[old.tensors[parameter]]
                 tensors[name] = value.reshape(tensors[name].shape).to(dtype or value.dtype)
         names = _added_names(folder, before)
         done = write_renamed(folder, names, _entries(before), NewTensors(tensors, entries), Path(destination), **how)
     return report, dataclasses.replace(done, notes=(*done.notes, *notes_on(stored)))
 
 
-def _values(folder: ModelFolder, stored: StoredConversion) -> list[list[Tensor]]:
-    """The tensors of every site."""
-    sites = [names_in(site) for site in site_names(stored.layout, stored.config, stored.naming, host_in(folder.tensors))]
-    tensors = read_tensors(folder, [name for site in sites for name in site])
-    return [[tensors[name] for name in site] for site in sites]
+def _values(folder: ModelFolder, stored: StoredConversion) -> tuple[dict[str, Tensor], list[SiteNames]]:
+    """The tensors of all sites, and the names of each site's."""
+    sites = site_names(stored.layout, stored.config, stored.naming, host_in(folder.tensors))
+    return read_tensors(folder, [name for site in sites for name in names_in(site)]), sites
 
 
 def _added_names(folder: ModelFolder, stored: StoredConversion) -> list[str]:
@@ -113,7 +114,7 @@ def revert_checkpoint(
     stored = stored_in(folder)
     names = _added_names(folder, stored)
     if names:
-        loss = what_is_lost([site[0] for site in _values(folder, stored)], stored)
+        loss = what_is_lost(*_values(folder, stored), stored)
     else:
         loss = "the AttnRes tensors were lost before: only config.json speaks of them"
     how = {"link": link, "overwrite": overwrite, "dry_run": dry_run}

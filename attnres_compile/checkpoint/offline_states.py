@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnres_compile.checkpoint.factory import Factory, build, guess_inputs
 from attnres_compile.checkpoint.folders import Conversion
-from attnres_compile.checkpoint.naming import OWN_TENSOR
+from attnres_compile.checkpoint.naming import OWN_TENSOR, host_in, site_names
 from attnres_compile.checkpoint.new_tensors import common_dtype, new_tensors, what_is_lost
 from attnres_compile.checkpoint.progress import working
 from attnres_compile.checkpoint.staging import check_destination
@@ -62,11 +62,12 @@ def revert_state(
     if state.stored is None:
         raise CheckpointError(f"{source}: was not converted: it says nothing of AttnRes.")
     tensors = state.read([name for name in state.dtypes if OWN_TENSOR.match(name)])
-    queries = [tensor for name, tensor in tensors.items() if name.endswith(".query")]
+    names = site_names(state.stored.layout, state.stored.config, state.stored.naming, host_in(tensors))
+    loss = what_is_lost(tensors, names, state.stored)
     if not dry_run:
         state.write(destination, tensors.keys(), {}, None, overwrite)
     done = _done(state, destination, "removed", list(tensors.values()), dry_run)
-    return what_is_lost(queries, state.stored), done
+    return loss, done
 
 
 def is_state(source: Path) -> bool:

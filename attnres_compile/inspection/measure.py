@@ -113,11 +113,17 @@ class _Statistics(Observer):
 
     def weights(self, chain: int, site: int, value: Tensor) -> None:
         value = value.detach().cpu().double()
+        entropy = float(torch.special.entr(value).sum(0).mean())  # minus infinity where weights are negative
         self.depth[site] = {
             "weights": value.flatten(1).mean(1),
-            "entropy": float(torch.special.entr(value).sum(0).mean()),
-            "token_weights": value if self.per_token else None,
+            "entropy": entropy if self._are_shares(value) else None,
+            "token_weights": value.mean(-1) if self.per_token else None,
         }
+
+    @staticmethod
+    def _are_shares(value: Tensor) -> bool:
+        """Whether weights add up to one, so that they have an entropy; sigmoid and static weights need not."""
+        return bool(value.min() >= 0) and bool(((value.sum(0) - 1).abs() < 1e-3).all())
 
 
 def _rms(value: Tensor) -> float:

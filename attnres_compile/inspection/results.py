@@ -24,9 +24,9 @@ class ReadInspection:
         site: number of the site, None for that first read.
         magnitude: mean root-mean-square over features of what is read, the stream or the mixture.
         sources: names of the n sources; none in a model without AttnRes.
-        weights: ``[n]``, mean softmax weights, adding up to one; None in a model without AttnRes.
-        entropy: mean entropy of a token's weights in nats, at most log n; None likewise.
-        token_weights: ``[n, ...tokens]``, the weights of every token, where they were asked for.
+        weights: ``[n]``, mean weights over tokens and heads, by softmax adding up to one; None in a model without AttnRes.
+        entropy: mean entropy of a token's weights in nats, at most log n; None likewise, and where they don't add up to one.
+        token_weights: ``[n, ...tokens]``, the weights of every token, averaged over heads, where they were asked for.
     """
 
     name: str
@@ -47,7 +47,7 @@ class ReadInspection:
     @property
     def entropy_of_mean(self) -> float | None:
         """Entropy of ``weights`` in nats. It exceeds ``entropy`` by how much tokens differ (Jensen-Shannon divergence)."""
-        return None if self.weights is None else float(torch.special.entr(self.weights).sum())
+        return None if self.weights is None or self.entropy is None else float(torch.special.entr(self.weights).sum())
 
     def heaviest(self, count: int) -> list[tuple[str, float]]:
         """Names and mean weights of the ``count`` heaviest sources, the heaviest first."""

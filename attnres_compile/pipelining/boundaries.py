@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from torch.fx import Node
 
 from attnres_compile.errors import ConfigError, PartitionError
+from attnres_compile.passes.base import site_number
 from attnres_compile.passes.cuts import boundary_nodes, place_of
-from attnres_compile.passes.partition import site_number
 from attnres_compile.patterns.operations import value_of
 from attnres_compile.pipelining.balance import balanced, stage_totals
 from attnres_compile.pipelining.cost import SegmentCost, segment_costs

@@ -12,8 +12,9 @@ from torch.fx import GraphModule, Node
 from attnres_compile.config import AttnResConfig
 from attnres_compile.convert import checked_call, rewrite
 from attnres_compile.errors import ConfigError, PartitionError
+from attnres_compile.passes.base import site_number
 from attnres_compile.passes.cuts import Cuts, boundary_nodes, cut
-from attnres_compile.passes.partition import site_number, stage_graphs
+from attnres_compile.passes.partition import stage_graphs
 from attnres_compile.patterns.operations import value_of
 from attnres_compile.pipelining.boundaries import boundaries_of, choose, costs_of
 from attnres_compile.pipelining.plan import PipelinePlan

@@ -76,9 +76,8 @@ def _plans_of(report: Report, stage: StageGraph) -> tuple[AttnResPlan, ...]:
 def _sites_of(stage: StageGraph) -> tuple[SiteNodes, ...]:
     sites = []
     for _, call in sorted(stage.sites, key=lambda entry: entry[0]):
-        query, key_norm = call.args[1], call.args[2]
-        assert isinstance(query, Node) and (key_norm is None or isinstance(key_norm, Node))
-        sites.append(SiteNodes(call, query, key_norm, call))
+        parameters = zip(("query", "key_norm"), call.args[1:3], strict=True)
+        sites.append(SiteNodes(call, {name: node for name, node in parameters if isinstance(node, Node)}, call))
     return tuple(sites)
 
 

@@ -45,7 +45,8 @@ def error_of_compiled(
     def backend(graph_module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         return compile_rewritten(graph_module, inputs, eager)
 
-    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)  # fullgraph: as models are captured ahead of time
+    # In full, as models are captured ahead of time: numbers out of tensors are then a part of the graph.
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
     return relative_error(_run(compiled, args, kwargs), _run(rewritten, args, kwargs))
 
 
