@@ -157,7 +157,7 @@ def test_round_trip(config: AttnResConfig) -> None:
 def test_stored_form() -> None:
     assert json.loads(AttnResConfig(num_blocks=4, eps=1e-5).to_json()) == {
         "format_version": 1, "variant": "block", "num_blocks": 4, "block_size": None, "scale": "preserve", "key_norm": True,
-        "eps": 1e-5,
+        "eps": 1e-5, "weights": "softmax", "query": "learned", "heads": 1, "normalize_keys": True,
     }  # fmt: skip
     assert type(AttnResConfig().to_dict()["num_blocks"]) is int
 

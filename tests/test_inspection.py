@@ -31,6 +31,11 @@ CONFIGS = {
     "block, paper": ac.AttnResConfig(num_blocks=3, scale="paper"),
     "full, paper": ac.AttnResConfig(variant="full", scale="paper"),
 }
+VARIANTS = {
+    "heads": ac.AttnResConfig(num_blocks=3, heads=4, query="input"),
+    "sigmoid": ac.AttnResConfig(num_blocks=3, weights="sigmoid", normalize_keys=False),
+    "mhc": ac.AttnResConfig(variant="full", weights="mhc"),
+}
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97, "intermediate_size": 48}
 _IDS = torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(1))
 
@@ -60,9 +65,11 @@ def converted(name: str, config: ac.AttnResConfig, std: float = 0.3) -> tuple[nn
     """The same, converted, with random queries and key-norm weights; a ``std`` of zero leaves queries at zero."""
     model, kwargs = model_and_inputs(name)
     ac.convert_(model, config, kwargs=kwargs)
-    for site in model.attnres.sites:
-        nn.init.normal_(site.query, std=std)
-        nn.init.uniform_(site.key_norm, 0.7, 1.3)
+    for name, parameter in model.attnres.named_parameters():
+        if name.endswith("key_norm"):
+            nn.init.uniform_(parameter, 0.7, 1.3)
+        else:
+            nn.init.normal_(parameter, std=std)
     return model, kwargs
 
 
@@ -86,14 +93,14 @@ class Recorder(Observer):
 
 # Every variant and scale on one model, and each of them once on the others.
 GRID = [
-    *(("llama", config) for config in CONFIGS),
+    *(("llama", config) for config in (*CONFIGS, *VARIANTS)),
     *((name, config) for name in ("gpt2", "gemma2", "gptj", "t5", "vit") for config in ("block", "full, paper")),
 ]
 
 
 @pytest.mark.parametrize(("name", "config_name"), GRID)
 def test_every_read_is_the_sum_that_the_mixing_matrix_says(name: str, config_name: str) -> None:
-    config = CONFIGS[config_name]
+    config = {**CONFIGS, **VARIANTS}[config_name]
     model, kwargs = converted(name, config)
     seen = Recorder()
     observed = observe(model, seen, kwargs=kwargs)

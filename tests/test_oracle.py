@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from gradients import gradients, loss_of, relative_error
 from models import example_inputs, tiny
 from reference import gpt2_logits, llama_logits, promote_to_float64
 from torch import Tensor, nn
@@ -28,22 +29,6 @@ def randomise_sites(parameters: nn.Module) -> None:
         for name, parameter in parameters.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(1 + 0.3 * noise if name.endswith("key_norm") else noise)
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
-
-
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    for parameter in model.parameters():
-        parameter.grad = None
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def loss_of(logits: Tensor) -> Tensor:
-    weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
-    return (logits * weights).sum() + logits.square().mean()
 
 
 def expected_of(name: str, model: nn.Module, ids: Tensor, config: ac.AttnResConfig) -> tuple[Tensor, dict[str, Tensor]]:

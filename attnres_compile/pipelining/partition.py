@@ -121,6 +121,9 @@ def cut_rewritten(
     """
     if not rewritten.graph.find_nodes(op="placeholder"):
         raise PartitionError("the model takes no tensor, so there are no microbatches to split its input into; give it one.")
+    config = rewritten.report.config
+    if config is not None and config.weights == "mhc":
+        raise PartitionError("weights='mhc' computes the weights of all sites at once, which no stage can do by itself.")
     possible = boundaries_of(rewritten)
     costs = costs_of(rewritten, possible)
     starts = choose(possible, costs, len(placement), boundaries)

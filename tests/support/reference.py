@@ -115,6 +115,7 @@ def llama_logits(
     block_size: int,
     scale: str,
     eps: float | None = None,
+    make_stream: Callable[[Tensor], ReferenceStream] | None = None,
 ) -> Tensor:
     """Logits ``[B, T, V]`` of a Llama, or of a model with its submodules (Qwen3, Mistral, Gemma), with AttnRes.
 
@@ -122,6 +123,7 @@ def llama_logits(
         input_ids: ``[B, T]``, without padding.
         queries, key_norms: one ``[D]`` per site: as many as sublayers, the last one is the final norm's.
         eps: that of the keys' norm; by default the model's own.
+        make_stream: from the root to another stream than these arguments describe.
     """
     body: Any = model.model
     root = body.embed_tokens(input_ids)
@@ -137,7 +139,7 @@ def llama_logits(
         return lambda x: layer.mlp(layer.post_attention_layernorm(x))
 
     eps = model.config.rms_norm_eps if eps is None else eps
-    stream = ReferenceStream(root, block_size, scale, eps, queries, key_norms)
+    stream = ReferenceStream(root, block_size, scale, eps, queries, key_norms) if make_stream is None else make_stream(root)
     read = _final_read(stream, [make(layer) for layer in body.layers for make in (attention, mlp)])
     return model.lm_head(body.norm(read))
 
