@@ -28,6 +28,7 @@ from attnres_compile.errors import (
 from attnres_compile.pipelining.partition import partition
 from attnres_compile.pipelining.plan import PipelinePlan
 from attnres_compile.report import Refusal, Report
+from attnres_compile.split import SplitModule
 
 if TYPE_CHECKING:
     from attnres_compile.pipeline import BlockCacheStage
@@ -51,6 +52,7 @@ __all__ = [
     "PipelinePlan",
     "Refusal",
     "Report",
+    "SplitModule",
     "TransferError",
     "VerificationError",
     "__version__",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from attnres_compile.rewritten import (
     qualified_names,
     signature_of,
 )
+from attnres_compile.split import SplitModule
 
 
 def detect(model: nn.Module | ExportedProgram, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Report:
@@ -93,16 +94,36 @@ def _dry_run(model: nn.Module, config: AttnResConfig | None, args: tuple[Any, ..
     return run_passes(plan(capture(model, args, kwargs), config, type(model).__name__), REWRITING + PHASING)
 
 
+@overload
 def rewrite(
-    model: nn.Module, config: AttnResConfig | None = None, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-) -> RewrittenModule:
+    model: nn.Module, config: AttnResConfig | None = ..., args: tuple[Any, ...] = ..., kwargs: dict[str, Any] | None = ..., *,
+    split: Literal[False] = ...,
+) -> RewrittenModule: ...  # fmt: skip
+
+
+@overload
+def rewrite(
+    model: nn.Module, config: AttnResConfig | None = ..., args: tuple[Any, ...] = ..., kwargs: dict[str, Any] | None = ..., *,
+    split: Literal[True],
+) -> SplitModule: ...  # fmt: skip
+
+
+def rewrite(
+    model: nn.Module, config: AttnResConfig | None = None, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, *,
+    split: bool = False,
+) -> RewrittenModule | SplitModule:  # fmt: skip
     """The rewritten graph of ``model`` ahead of time, as a module that is called like the model and runs eagerly.
 
     The result shares the model's parameters under their names, and holds the new ones under ``attnres``; a model that
     was converted before lends its own. ``model`` itself stays as it is. It is called once on the example arguments, without
     gradients; the result accepts arguments of the same shapes and structure, in the same mode.
 
+    Args:
+        split: return a module of modules, one for every AttnRes block, each of which FSDP's ``fully_shard`` can wrap and
+            torch.compile compile by itself: see :class:`attnres_compile.SplitModule`.
+
     Raises:
+        PartitionError: if ``split`` is asked for and the graph can't be cut at the ends of its blocks.
         NoResidualChainError: if nothing can be rewritten, with the nearest misses.
         ConfigError: if the config does not fit the chains, or contradicts the one that the model was converted with.
     """
@@ -131,7 +152,12 @@ def rewrite(
         with _in_mode(model, training):
             return str(capture(model, args, kwargs).graph_module.graph) == text
 
-    return _as_module(model, args, kwargs, captured, run_passes(program, REWRITING), parameters, is_same_graph)
+    rewritten = _as_module(model, args, kwargs, captured, run_passes(program, REWRITING), parameters, is_same_graph)
+    if not split:
+        return rewritten
+    from attnres_compile.pipelining import splitting  # here, since it is one more user of rewritten modules
+
+    return splitting.split(rewritten)
 
 
 @contextlib.contextmanager

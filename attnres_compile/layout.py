@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attnres_compile.config import AttnResConfig
-from attnres_compile.errors import CheckpointError, ConfigError
+from attnres_compile.errors import CheckpointError, ConfigError, ParameterMismatchError
 from attnres_compile.plan import plan_site
 from attnres_compile.report import Report
 from attnres_compile.site_parameters import parameter_shapes
@@ -90,6 +90,26 @@ class StoredConversion:
         for i, site in enumerate(layout):
             _check_sources(config, site, f"{place}: site {i} of {CONFIG_KEY}")
         return cls(config, layout, naming)
+
+
+def check_same(mine: StoredConversion, its: StoredConversion) -> None:
+    """Hold a model's conversion against a checkpoint's.
+
+    Raises:
+        ParameterMismatchError: naming the option or the first site that differs.
+    """
+    for name in ("scale", "key_norm", "eps", "weights", "query", "heads", "normalize_keys"):
+        here, there = getattr(mine.config, name), getattr(its.config, name)
+        if here != there:
+            raise ParameterMismatchError(
+                f"the checkpoint was converted with {name}={there!r}, this model with {name}={here!r}; convert the model with "
+                "the checkpoint's options."
+            )
+    if its.layout != mine.layout:
+        raise ParameterMismatchError(
+            f"the checkpoint was converted with {len(its.layout)} sites, this model has {len(mine.layout)}. "
+            f"{difference(its.layout, mine.layout)} Convert the model with the checkpoint's options: {its.config}."
+        )
 
 
 _FIELDS = {field.name: str if field.name == "module" else int for field in dataclasses.fields(SiteLayout)}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attnres_compile.capture import dynamo_is_active, never_compile_alone
 from attnres_compile.config import AttnResConfig
 from attnres_compile.errors import ConfigError, NotRewrittenError, ParameterMismatchError
-from attnres_compile.layout import CONFIG_KEY, SiteLayout, StoredConversion, difference, layout_of
+from attnres_compile.layout import CONFIG_KEY, SiteLayout, StoredConversion, check_same, difference, layout_of
 from attnres_compile.report import Report
 from attnres_compile.site_parameters import initial_value
 
@@ -119,18 +119,7 @@ class AttnResParameters(nn.Module):
         Raises:
             ParameterMismatchError: naming the option or the first site that differs.
         """
-        for name in ("scale", "key_norm", "eps", "weights", "query", "heads", "normalize_keys"):
-            mine, its = getattr(self.config, name), getattr(stored.config, name)
-            if mine != its:
-                raise ParameterMismatchError(
-                    f"the checkpoint was converted with {name}={its!r}, this model with {name}={mine!r}; convert the model with "
-                    "the checkpoint's options."
-                )
-        if stored.layout != self.layout:
-            raise ParameterMismatchError(
-                f"the checkpoint was converted with {len(stored.layout)} sites, this model has {len(self.layout)}. "
-                f"{difference(stored.layout, self.layout)} Convert the model with the checkpoint's options: {stored.config}."
-            )
+        check_same(self.stored(), stored)
 
     def check(self, report: Report) -> None:
         """Hold the sites of a captured graph against these parameters.

@@ -62,6 +62,17 @@ class CallSignature:
                 )
         return [leaves[i] for i in self.inputs]
 
+    def check_mode(self, training: bool) -> None:
+        """Raises:
+            CaptureError: if the graph was captured in the other mode, and the mode makes a difference.
+        """
+        if self.training is not None and training != self.training:
+            raise CaptureError(
+                f"this graph was rewritten in {_mode(self.training)} mode, is called in {_mode(training)} mode, and the "
+                "model behaves differently there; rewrite the model in that mode too, or use "
+                'torch.compile(model, backend="attnres").'
+            )
+
     def rebuild(self, outputs: tuple[Any, ...], inputs: list[Any]) -> Any:
         """The model's result around the graph's outputs."""
         leaves = []
@@ -178,14 +189,9 @@ class RewrittenModule(GraphModule):
             CaptureError: if the arguments or the mode are not those that the graph was captured for.
         """
         expected = self.call_signature.training
-        if expected is not None and self.training != expected:
-            if not self.is_same_graph(self.training):
-                raise CaptureError(
-                    f"this graph was rewritten in {_mode(expected)} mode, is called in {_mode(self.training)} mode, and the "
-                    "model behaves differently there; rewrite the model in that mode too, or use "
-                    'torch.compile(model, backend="attnres").'
-                )
+        if expected is not None and self.training != expected and self.is_same_graph(self.training):
             self.call_signature = dataclasses.replace(self.call_signature, training=None)
+        self.call_signature.check_mode(self.training)
         return self.call_signature.flatten(args, kwargs)
 
     def _adopt(self, tree: nn.Module) -> None:

@@ -130,7 +130,7 @@ def cut_rewritten(
     chosen = [possible[start - 1] for start in starts]
     cuts = cut(rewritten, [boundary.node for boundary in chosen])
     notes = _check_parameters(rewritten, cuts, placement, refuse=with_stages)
-    values = _cut_values(rewritten, cuts)
+    values = cut_values(rewritten, cuts)
     stages: tuple[GraphModule, ...] = ()
     if with_stages:
         labels = {value.name: value.label for value in values}
@@ -181,7 +181,8 @@ def _check_parameters(rewritten: RewrittenModule, cuts: Cuts, placement: tuple[i
     return tuple(notes)
 
 
-def _cut_values(rewritten: RewrittenModule, cuts: Cuts) -> tuple[CutValue, ...]:
+def cut_values(rewritten: RewrittenModule, cuts: Cuts) -> tuple[CutValue, ...]:
+    """What crosses from stage to stage, with the names that sites give to it."""
     labels = _source_labels(rewritten)
     values = []
     for node, consumers in cuts.crossing.items():

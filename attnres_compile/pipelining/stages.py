@@ -46,7 +46,7 @@ def _homes(rewritten: RewrittenModule, cuts: Cuts, num_stages: int) -> list[list
 
 def _stage_module(rewritten: RewrittenModule, stage: StageGraph, index: int, names: list[str], two_phase: bool) -> GraphModule:
     module = GraphModule(rewritten, stage.graph, class_name=f"Stage{index}")
-    tree = _tree(rewritten, names)
+    tree = module_tree(rewritten, names)
     module._parameters, module._buffers, module._modules = tree._parameters, tree._buffers, tree._modules
     module._non_persistent_buffers_set = tree._non_persistent_buffers_set
     module.train(rewritten.training)
@@ -81,8 +81,8 @@ def _sites_of(stage: StageGraph) -> tuple[SiteNodes, ...]:
     return tuple(sites)
 
 
-def _tree(rewritten: RewrittenModule, names: list[str]) -> nn.Module:
-    """Plain modules that hold ``names`` and nothing else: the same tensors, persistent where they were."""
+def module_tree(rewritten: RewrittenModule, names: list[str]) -> nn.Module:
+    """Plain modules that hold the tensors at ``names`` and nothing else: the same tensors, persistent where they were."""
     tree = nn.Module()
     for name in names:
         owner_name, _, own = name.rpartition(".")

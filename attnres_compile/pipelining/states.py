@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from attnres_compile.errors import ConfigError
 from attnres_compile.pipelining.plan import PipelinePlan
+from attnres_compile.split import SplitModule
 
 
 class _Stage(Protocol):
@@ -19,8 +20,10 @@ class _Stage(Protocol):
     stage_index: int
 
 
-def rank_module(stages: Iterable[_Stage]) -> nn.Module:
+def rank_module(stages: Iterable[_Stage] | SplitModule) -> nn.Module:
     """One module that holds the parameters and buffers of ``stages``, all those of a rank, under the model's names.
+
+    Of a model that ``rewrite(..., split=True)`` returned it holds all.
 
     It computes nothing. ``rank_module(stages).parameters()`` is for the optimizer. Its state dict and the optimizer's, as
     ``torch.distributed.checkpoint.state_dict`` gives them with ``flatten_optimizer_state_dict=True``, fit every other layout of
@@ -28,8 +31,8 @@ def rank_module(stages: Iterable[_Stage]) -> nn.Module:
     sharded.
     """
     tree = nn.Module()
-    for stage in stages:
-        module = stage.plan.stages[stage.stage_index]
+    parts = stages.parts if isinstance(stages, SplitModule) else [stage.plan.stages[stage.stage_index] for stage in stages]
+    for module in parts:
         for inner in module.modules():
             if isinstance(inner, FSDPModule):
                 inner.reshard()  # after an evaluation whole parameters are still in the shards' places
