@@ -20,22 +20,30 @@ from attnres_compile.report import Report
 ATTRIBUTE = "attnres"
 
 
-class AttnResSite(nn.Module):
+class AttnResSite(nn.LayerNorm):
     """Parameters of one site.
 
     ``query``: ``[D]``, the pseudo-query, zero at first. ``key_norm``: ``[D]``, the RMSNorm weight of the keys, one at
-    first, or None. Both are 1-D so that optimizers and weight-decay rules treat them as they treat norms.
+    first, or None. Both are 1-D so that optimizers and weight-decay rules treat them as they treat norms. Rules that go by a
+    module's class (the Transformers Trainer's) know ``nn.LayerNorm`` alone, so this is one by class; it is never called.
     """
 
     query: nn.Parameter
     key_norm: nn.Parameter | None
 
     def __init__(self, hidden_size: int, key_norm: bool, device: torch.device | None, dtype: torch.dtype | None) -> None:
-        super().__init__()
-        self.query = nn.Parameter(torch.zeros(hidden_size, device=device, dtype=dtype))
+        nn.Module.__init__(self)  # not nn.LayerNorm's: there is no weight and no bias
+        self.query = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
         self.register_parameter(
-            "key_norm", nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype)) if key_norm else None
+            "key_norm", nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype)) if key_norm else None
         )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to zero queries, also after ``to_empty``: the model then computes what it computed before conversion."""
+        nn.init.zeros_(self.query)
+        if self.key_norm is not None:
+            nn.init.ones_(self.key_norm)
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.query.numel()}, key_norm={self.key_norm is not None}"
