@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,8 +174,7 @@ class TestResuming:
     def train(self, run: Any, optimizer: torch.optim.Optimizer, batches: list[Tensor]) -> list[float]:
         losses = []
         for ids in batches:
-            logits = run(ids)
-            loss = loss_of(getattr(logits, "logits", logits), ids)
+            loss = loss_of(run(ids), ids)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -206,23 +206,8 @@ class TestResuming:
         assert self.train(run, optimizer, batches[self.SAVED_AFTER :]) == uninterrupted[self.SAVED_AFTER :]
         assert len(set(uninterrupted)) == self.STEPS
 
-    def test_from_save_pretrained(self, tmp_path: Path) -> None:
-        batches, arguments = self.batches(), {"use_cache": False}
-        model = tiny("llama", num_hidden_layers=2).train()
-        ac.convert_(model, CONFIG, (batches[0],), arguments)
-        start, optimizer = copy.deepcopy(model), self.optimizer(model)
-        self.train(self.compiled(model), optimizer, batches[: self.SAVED_AFTER])
-        model.save_pretrained(tmp_path)
-        torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-        loaded = ac.from_pretrained(tmp_path).train()
-        optimizer = self.optimizer(loaded)
-        optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
-        resumed = self.train(self.compiled(loaded), optimizer, batches[self.SAVED_AFTER :])
-        uninterrupted = self.train(self.compiled(start), self.optimizer(start), batches)
-        assert resumed == uninterrupted[self.SAVED_AFTER :]
-        assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in start.named_parameters()]
-
-    def compiled(self, model: nn.Module) -> Any:
-        torch.compiler.reset()
-        compiled = torch.compile(model, backend=eager)
-        return lambda ids: compiled(ids, use_cache=False)
+    def test_the_example_goes_on_from_save_pretrained(self, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With selective checkpoints, autocast and accumulated gradients."""
+        monkeypatch.syspath_prepend(str(repository / "examples"))
+        resumed, uninterrupted = importlib.import_module("checkpointed_training").main(eager)
+        assert resumed == uninterrupted and len(set(resumed)) == 5
