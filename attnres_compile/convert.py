@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, overload
 
@@ -21,6 +22,7 @@ from attnres_compile.layout import layout_of
 from attnres_compile.parameters import ATTRIBUTE, AttnResParameters, attach, hosts_in
 from attnres_compile.passes.base import Program, run_passes
 from attnres_compile.passes.pipeline import DETECTION, PHASING, PLANNING, REWRITING
+from attnres_compile.patterns.operations import source_line_of
 from attnres_compile.report import Report, describe_chains
 from attnres_compile.rewritten import (
     RewrittenModule,
@@ -31,6 +33,8 @@ from attnres_compile.rewritten import (
     signature_of,
 )
 from attnres_compile.split import SplitModule
+
+log = logging.getLogger(__name__)
 
 
 def detect(model: nn.Module | ExportedProgram, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Report:
@@ -139,6 +143,7 @@ def rewrite(
     captured = capture(model, args, kwargs, run=True)
     text = str(captured.graph_module.graph)
     program = plan(captured, _checked_config(config), type(model).__name__)
+    _warn_of_checkpoints(program, type(model).__name__)
     report = report_of(program)
     if isinstance(existing, AttnResParameters):
         existing.check(report)
@@ -158,6 +163,18 @@ def rewrite(
     from attnres_compile.pipelining import splitting  # here, since it is one more user of rewritten modules
 
     return splitting.split(rewritten)
+
+
+def _warn_of_checkpoints(program: Program, name: str) -> None:
+    """Recomputation is the work of a compiler, which reads the tags in a graph; a graph that runs eagerly keeps everything."""
+    tagged = next((node for node in program.graph_module.graph.nodes if "ac_graph_id" in node.meta), None)
+    if tagged is not None:
+        log.warning(
+            "%s checkpoints activations (at %s), which a graph rewritten ahead of time does not: it keeps them all for the "
+            'backward pass. Use convert_ and torch.compile(model, backend="attnres"), which recomputes them.',
+            name,
+            source_line_of(tagged),
+        )
 
 
 @contextlib.contextmanager

@@ -21,24 +21,30 @@ from attnres_compile.site_parameters import initial_value
 ATTRIBUTE = "attnres"
 
 
-class AttnResSite(nn.Module):
+class AttnResSite(nn.LayerNorm):
     """Parameters of one site.
 
     ``query``: ``[D]``, the pseudo-query, zero at first. ``key_norm``: ``[D]``, the RMSNorm weight of the keys, one at
-    first. Both are 1-D so that optimizers and weight-decay rules treat them as they treat norms. Each is None where the options
-    have no such thing; some have others, see :func:`attnres_compile.site_parameters.parameter_shapes`.
+    first. Both are 1-D so that optimizers and weight-decay rules treat them as they treat norms. Rules that go by a module's
+    class (the Transformers Trainer's) know ``nn.LayerNorm`` alone, so this is one by class; it is never called. Each is None
+    where the options have no such thing; some have others, see :func:`attnres_compile.site_parameters.parameter_shapes`.
     """
 
     query: nn.Parameter
     key_norm: nn.Parameter | None
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], device: torch.device | None, dtype: torch.dtype | None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not nn.LayerNorm's: there is no weight and no bias
         for name in ("query", "key_norm"):
             self.register_parameter(name, None)
         for name, shape in shapes.items():
-            value = torch.full(shape, initial_value(name), device=device, dtype=dtype)
-            self.register_parameter(name, nn.Parameter(value))
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to zero queries, also after ``to_empty``: the model then computes what it computed before conversion."""
+        for name, parameter in self.named_parameters():
+            nn.init.constant_(parameter, initial_value(name))
 
     def extra_repr(self) -> str:
         held = ((name, parameter) for name, parameter in self._parameters.items() if parameter is not None)

@@ -219,8 +219,11 @@ class RewrittenModule(GraphModule):
 
 
 def parameter_tree(model: nn.Module, parameters: AttnResParameters | None) -> nn.Module:
-    """A tree of plain modules with the parameters and buffers of ``model``: the same tensors, no code, no hooks."""
-    tree = nn.Module()
+    """A tree of plain modules with the parameters and buffers of ``model``: the same tensors, no code, no hooks.
+
+    A norm stays an ``nn.LayerNorm`` by class, since weight-decay rules go by that.
+    """
+    tree = nn.LayerNorm((), elementwise_affine=False) if isinstance(model, nn.LayerNorm) else nn.Module()
     for name, child in model._modules.items():
         if name != ATTRIBUTE or not isinstance(child, AttnResParameters):
             tree._modules[name] = None if child is None else parameter_tree(child, None)

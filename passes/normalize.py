@@ -12,7 +12,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.utils.checkpoint import CheckpointPolicy
 
-from attnres_compile.passes.base import Program, log
+from attnres_compile.passes.base import Program
+from attnres_compile.passes.regions import POLICY
 from attnres_compile.patterns.encoder_layer import expand_encoder_layer, is_fused_encoder_layer
 from attnres_compile.patterns.mutation import memory_of
 from attnres_compile.patterns.operations import (
@@ -69,7 +70,7 @@ def inline_bodies(graph_module: GraphModule, kinds: Mapping[str, int] = _INLINED
     """Inline activation checkpoints and wrapped functions, without which the chain would be invisible.
 
     ``kinds`` says of each operator where the body stands among its arguments. The nodes of a checkpoint carry its recompute
-    tags, from which the min-cut partitioner does what the checkpoint did.
+    tags, from which the min-cut partitioner does what the checkpoint did, and its policy, if there is one.
     """
     regions = itertools.count(1)
     changes = 0
@@ -81,7 +82,7 @@ def inline_bodies(graph_module: GraphModule, kinds: Mapping[str, int] = _INLINED
             if "checkpoint" in _operator_name(node):
                 tags = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": next(regions)}
                 if "_checkpoint_context_fn" in body.meta:
-                    log.warning("a selective checkpoint policy is replaced by full recomputation [%s]", source_line_of(node))
+                    tags[POLICY] = body.meta["_checkpoint_context_fn"]
             _inline(graph_module, node, body, tags, kinds[_operator_name(node)])
             changes += 1
     return changes

@@ -9,6 +9,9 @@ from attnres_compile.patterns.operations import name_of
 TAGS = ("recompute", "ac_graph_id")
 """What marks the nodes of a checkpoint region in torch."""
 
+POLICY = "attnres_checkpoint_policy"
+"""meta key of the nodes of a selectively checkpointed region: its ``context_fn``."""
+
 
 def recompute_with(node: Node, reader: Node | None) -> None:
     """Make ``node`` part of the checkpoint region of ``reader``, or of none."""

@@ -16,6 +16,7 @@ import convert_large
 import growth
 import kernel_time
 import pipeline_transport
+import saved_bytes
 import step_time
 import torch
 from rich.console import Console
@@ -28,6 +29,7 @@ BENCHMARKS: dict[str, Callable[[], Table]] = {
     "decode": step_time.run_decode,
     "compile-time": compile_time.run,
     "growth": growth.run,
+    "saved-bytes": saved_bytes.run,
     "convert": convert_large.run,
     "pipeline-memory": pipeline_transport.run_memory,
     "pipeline-step": pipeline_transport.run_steps,

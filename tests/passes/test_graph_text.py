@@ -381,17 +381,18 @@ def test_the_whole_pipeline() -> None:
         "two_phase": 2,
         "fuse_norms": 1,
         "lower": 4,
+        "policies": 0,
     }
     assert all(entry.seconds >= 0 for entry in program.history)
 
 
 def test_passes_are_frozen_and_named() -> None:
     assert [step.name for step in ALL] == [
-        "normalize", "find_chains", "plan_blocks", "rewrite", "verify", "two_phase", "fuse_norms", "lower",
+        "normalize", "find_chains", "plan_blocks", "rewrite", "verify", "two_phase", "fuse_norms", "lower", "policies",
     ]  # fmt: skip
     assert [step.name for step in ALL] == list(PASSES)
     assert [name for name, may_be_left_out in PASSES.items() if may_be_left_out] == [
-        "verify", "two_phase", "fuse_norms", "lower",
+        "verify", "two_phase", "fuse_norms", "lower", "policies",
     ]  # fmt: skip
     with pytest.raises(AttributeError):
         ALL[0].name = "other"  # type: ignore[misc]
@@ -407,6 +408,7 @@ def test_the_hook_sees_every_pass_and_its_program() -> None:
     assert seen == [
         ("normalize", 1, 0), ("find_chains", 2, 0), ("plan_blocks", 3, 0), ("rewrite", 4, 4), ("verify", 5, 4),
         ("two_phase", 6, 4), ("fuse_norms", 7, 4), ("lower", 8, 4),
+        ("policies", 9, 4),
     ]  # fmt: skip
 
 
@@ -437,7 +439,7 @@ def test_other_passes_can_not_be_disabled(monkeypatch: pytest.MonkeyPatch, name:
         run_passes(program_of(), ALL)
     assert str(caught.value) == (
         f"ATTNRES_DISABLE_PASSES names {name!r}, without which the model would run un-rewritten; those that can be left out "
-        "are: verify, two_phase, fuse_norms, lower."
+        "are: verify, two_phase, fuse_norms, lower, policies."
     )
 
 
