@@ -22,6 +22,7 @@ from attnres_compile.errors import (
     NotRewrittenError,
     ParameterMismatchError,
     PartitionError,
+    PlacementError,
     TransferError,
     VerificationError,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "NotRewrittenError",
     "ParameterMismatchError",
     "PartitionError",
+    "PlacementError",
     "PipelinePlan",
     "Refusal",
     "Report",

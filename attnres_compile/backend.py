@@ -30,6 +30,7 @@ from attnres_compile.parameters import (
 from attnres_compile.passes.base import Program, run_passes
 from attnres_compile.passes.pipeline import DETECTION, LOWERING, PHASING, PLANNING, REWRITING
 from attnres_compile.patterns.operations import clean_path
+from attnres_compile.patterns.placements import is_distributed
 from attnres_compile.places import caller_of
 from attnres_compile.report import ChainReport, Report, SiteReport
 
@@ -151,12 +152,21 @@ def _config(requested: AttnResConfig | None, existing: nn.Module | None) -> Attn
 def _new_parameters(host: nn.Module, report: Report, program: Program) -> AttnResParameters:
     """Those of a model that nobody converted, on its first compilation."""
     check_unconverted(host)
-    if capture.is_inside_ddp() or any(hasattr(parameter, "placements") for parameter in host.parameters()):
+    if capture.is_inside_ddp() or _is_sharded_between_uses(host):
         raise ConfigError(
             f"{type(host).__name__} was wrapped for distributed training before it had AttnRes parameters, which would then not "
             "be synchronised between ranks; call attnres_compile.convert_(model, ...) before wrapping it."
         )
     return AttnResParameters(program.config, layout_of(report), *device_and_dtype(host, program))
+
+
+def _is_sharded_between_uses(host: nn.Module) -> bool:
+    """Whether FSDP2 holds the model. A tensor-parallel model has DTensors for parameters, too, and all ranks make the same new ones."""
+    if not any(is_distributed(parameter) for parameter in host.parameters()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in host.modules())
 
 
 def _attach_late(host: nn.Module, parameters: AttnResParameters) -> None:

@@ -21,6 +21,7 @@ from attnres_compile.layout import layout_of
 from attnres_compile.parameters import ATTRIBUTE, AttnResParameters, attach, hosts_in
 from attnres_compile.passes.base import Program, run_passes
 from attnres_compile.passes.pipeline import DETECTION, PHASING, PLANNING, REWRITING
+from attnres_compile.patterns.placements import is_device_mesh
 from attnres_compile.report import Report, describe_chains
 from attnres_compile.rewritten import (
     RewrittenModule,
@@ -198,6 +199,9 @@ def _as_module(
             bound[node] = name
         elif id(value) in arguments:
             inputs.append(value)
+        elif is_device_mesh(value):
+            bound[node] = f"constant_{node.name}"
+            setattr(tree, bound[node], value)
         elif isinstance(value, Tensor):  # a tensor that the model holds outside its parameters and buffers
             bound[node] = f"constant_{node.name}"
             tree.register_buffer(bound[node], value, persistent=False)

@@ -24,6 +24,7 @@ from attnres_compile.patterns.operations import (
     same_shape,
     value_of,
 )  # fmt: skip
+from attnres_compile.patterns.placements import local_of
 from attnres_compile.patterns.residual import keeps_elements
 from attnres_compile.plan import AttnResPlan, SitePlan
 
@@ -76,7 +77,7 @@ class _SiteInputs:
         else:
             with self._graph.inserting_before(next(iter(self._graph.nodes))):
                 node = self._graph.placeholder(name)
-        node.meta["example_value"] = stream.new_empty(stream.shape[-1:])
+        node.meta["example_value"] = local_of(stream).new_empty(stream.shape[-1:])
         self._last = [node]
         return node
 
