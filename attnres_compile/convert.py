@@ -21,6 +21,7 @@ from attnres_compile.layout import layout_of
 from attnres_compile.parameters import ATTRIBUTE, AttnResParameters, attach, hosts_in
 from attnres_compile.passes.base import Program, run_passes
 from attnres_compile.passes.pipeline import DETECTION, PHASING, PLANNING, REWRITING
+from attnres_compile.passes.shard_sequence import ShardSequence
 from attnres_compile.patterns.placements import is_device_mesh
 from attnres_compile.report import Report, describe_chains
 from attnres_compile.rewritten import (
@@ -95,16 +96,22 @@ def _dry_run(model: nn.Module, config: AttnResConfig | None, args: tuple[Any, ..
 
 
 def rewrite(
-    model: nn.Module, config: AttnResConfig | None = None, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-) -> RewrittenModule:
+    model: nn.Module, config: AttnResConfig | None = None, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None,
+    *, shard_sequence: bool = False,
+) -> RewrittenModule:  # fmt: skip
     """The rewritten graph of ``model`` ahead of time, as a module that is called like the model and runs eagerly.
 
     The result shares the model's parameters under their names, and holds the new ones under ``attnres``; a model that
     was converted before lends its own. ``model`` itself stays as it is. It is called once on the example arguments, without
     gradients; the result accepts arguments of the same shapes and structure, in the same mode.
 
+    Args:
+        shard_sequence: for a tensor-parallel model whose ranks all hold the whole residual stream: let every rank keep the
+            blocks of its part of the sequence alone (``passes/shard_sequence.py``). ``model`` and the result compute the same.
+
     Raises:
         NoResidualChainError: if nothing can be rewritten, with the nearest misses.
+        PlacementError: if the model is distributed so that its stream can't be attended to, or not be split.
         ConfigError: if the config does not fit the chains, or contradicts the one that the model was converted with.
     """
     model, args, kwargs = checked_call(model, args, kwargs)
@@ -128,11 +135,13 @@ def rewrite(
         assert report.config is not None
         parameters = AttnResParameters(report.config, layout_of(report), device, dtype)
 
+    passes = (*REWRITING, ShardSequence()) if shard_sequence else REWRITING
+
     def is_same_graph(training: bool) -> bool:
         with _in_mode(model, training):
             return str(capture(model, args, kwargs).graph_module.graph) == text
 
-    return _as_module(model, args, kwargs, captured, run_passes(program, REWRITING), parameters, is_same_graph)
+    return _as_module(model, args, kwargs, captured, run_passes(program, passes), parameters, is_same_graph)
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ class _Localizer:
     def localize(self, site: SiteNodes) -> bool:
         call = site.call
         sources: Any = call.args[0]
-        terms = sorted({term for source in sources for term in _terms_of(source)})
+        terms = sorted({term for source in sources for term in terms_of(source)})
         if placements_of(site.stream) is not None:
             like = _like(site, terms)
             call.args = ([self._part(source, like) for source in sources], *call.args[1:])
@@ -76,7 +76,7 @@ class _Localizer:
         """This rank's part of ``value``; a sum's is the sum of the parts of its terms, so that phase 2 can do the add."""
         key = (value, placements_of(like) or ())
         if key not in self.parts:
-            if _is_sum(value):
+            if is_sum(value):
                 operands = tuple(self._part(operand, like) for operand in value.all_input_nodes)
                 self.parts[key] = self._insert(max(*operands, value), torch.add, operands, value, value.name)
                 self.parts[key].meta[MADE_BY] = Rewrite.name
@@ -104,14 +104,16 @@ class _Localizer:
         return describe(node, origin, Localize.name, value)
 
 
-def _is_sum(value: Node) -> bool:
+def is_sum(value: Node) -> bool:
+    """Whether ``value`` is a sum of two terms that rewriting put into the graph."""
     return value.meta.get(MADE_BY) == Rewrite.name and value.target is torch.add and not value.kwargs and len(value.args) == 2
 
 
-def _terms_of(source: Node) -> Iterable[Node]:
-    if not _is_sum(source):
+def terms_of(source: Node) -> Iterable[Node]:
+    """What a source of a site is the sum of."""
+    if not is_sum(source):
         return (source,)
-    return (term for operand in source.all_input_nodes for term in _terms_of(operand))
+    return (term for operand in source.all_input_nodes for term in terms_of(operand))
 
 
 def _like(site: SiteNodes, terms: list[Node]) -> Node:

@@ -67,3 +67,26 @@ def whole_of(own: Tensor, like: Any) -> Any:
 
     stride = torch.empty(like.shape, device="meta").stride()
     return DTensor.from_local(own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=stride)
+
+
+def split(own: Tensor, origin: Any, dim: int) -> Any:
+    """A tensor that every rank of the mesh of ``origin`` holds whole, as a DTensor of parts along ``dim``.
+
+    The parts are copies: a view would keep the whole alive.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    whole = DTensor.from_local(own, origin.device_mesh, [Replicate()], run_check=False)
+    return whole.redistribute(placements=[Shard(dim)]).clone()
+
+
+def scattered(terms: Any, like: Any) -> Any:
+    """The sum of ``terms``, a DTensor of partial sums, placed as ``like`` is: a reduce-scatter."""
+    return terms.redistribute(placements=like.placements)
+
+
+def gathered(own: Tensor, like: Any) -> Any:
+    """The DTensor of which every rank holds ``own``, a part as ``like`` has them, brought to all ranks: an all-gather."""
+    from torch.distributed.tensor import Replicate
+
+    return whole_of(own, like).redistribute(placements=[Replicate()])
