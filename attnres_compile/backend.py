@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -31,7 +32,6 @@ from attnres_compile.passes.base import Program, run_passes
 from attnres_compile.passes.pipeline import DETECTION, LOWERING, PHASING, PLANNING, REWRITING
 from attnres_compile.passes.shard_sequence import ShardSequence
 from attnres_compile.patterns.operations import clean_path
-from attnres_compile.patterns.placements import is_distributed
 from attnres_compile.places import caller_of
 from attnres_compile.report import ChainReport, Report, SiteReport
 
@@ -175,12 +175,15 @@ def _new_parameters(host: nn.Module, report: Report, program: Program) -> AttnRe
 
 
 def _is_sharded_between_uses(host: nn.Module) -> bool:
-    """Whether FSDP2 holds the model. A tensor-parallel model has DTensors for parameters, too, and all ranks make the same new ones."""
-    if not any(is_distributed(parameter) for parameter in host.parameters()):
-        return False
-    from torch.distributed.fsdp import FSDPModule
+    """Whether FSDP holds the model, whose parameters look like any others while its forward runs.
 
-    return any(isinstance(module, FSDPModule) for module in host.modules())
+    Tensor parallelism alone is no obstacle: all ranks make the same new parameters, and get the same gradients of them.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in host.modules())
 
 
 def _attach_late(host: nn.Module, parameters: AttnResParameters) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,8 +14,8 @@ from attnres_compile.errors import PlacementError
 from attnres_compile.passes.base import MADE_BY, Program, SiteNodes, describe
 from attnres_compile.passes.moves import own_copy, part, whole_of
 from attnres_compile.passes.rewrite import Rewrite
-from attnres_compile.patterns.operations import module_of, same_shape, source_line_of, value_of
-from attnres_compile.patterns.placements import is_distributed, nearest, placements_of
+from attnres_compile.patterns.operations import constant, module_of, name_of, same_shape, shape_of, source_line_of, value_of
+from attnres_compile.patterns.placements import is_distributed, local_of, nearest, placements_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +95,32 @@ class _Localizer:
         return self._insert(parameter if like is None else like, own_copy, arguments, parameter, f"{parameter.name}_copy")
 
     def _insert(self, place: Node, function: Callable[..., Any], arguments: tuple[Node, ...], origin: Node, name: str) -> Node:
-        """A new node behind ``place``, or behind all placeholders where that is one."""
-        while place.next.op == "placeholder":
-            place = place.next
-        with self.graph.inserting_after(place):
-            node = self.graph.create_node("call_function", function, arguments, name=name)
-        with torch.no_grad():
-            value = function(*map_arg(arguments, value_of))
-        return describe(node, origin, Localize.name, value)
+        return insert_behind(place, function, arguments, origin, name, Localize.name)
+
+
+def insert_behind(
+    place: Node, function: Callable[..., Any], arguments: tuple[Any, ...], origin: Node, name: str, made_by: str
+) -> Node:
+    """A new call behind ``place``, or behind all placeholders where that is one."""
+    while place.next.op == "placeholder":
+        place = place.next
+    with place.graph.inserting_after(place):
+        node = place.graph.create_node("call_function", function, arguments, name=name)
+    return describe(node, origin, made_by, evaluate(node))
+
+
+def evaluate(node: Node) -> Any:
+    """The example value of a call, computed on those of its inputs.
+
+    In their fake mode, where there is one: outside of it DTensors cache by shape, and a symbolic shape has no hash.
+    """
+    arguments, keywords = map_arg(node.args, value_of), map_arg(node.kwargs, value_of)
+    inputs = (local_of(value) for source in node.all_input_nodes if isinstance(value := value_of(source), torch.Tensor))
+    mode = next((value.fake_mode for value in inputs if hasattr(value, "fake_mode")), contextlib.nullcontext())
+    with torch.no_grad(), mode:
+        if node.op == "call_method":
+            return getattr(arguments[0], str(node.target))(*arguments[1:], **keywords)
+        return node.target(*arguments, **keywords)  # type: ignore[operator]
 
 
 def is_sum(value: Node) -> bool:
@@ -142,7 +161,20 @@ def _split(site: SiteNodes, origins: list[Node]) -> Node | None:
     parts = {kind for kind in kinds if any(placement.is_shard() for placement in kind[1] or ())}
     if parts and len(kinds) > 1:
         raise _refusal(site, f"has terms placed as {sorted(str(placements) for _, placements in kinds)}")
-    return origins[0] if parts else None
+    if not parts:
+        return None
+    for reader in site.call.users:
+        if name_of(reader) == "from_local" and _sizes(reader) != _sizes(origins[0]):
+            raise PlacementError(
+                f"{module_of(reader) or 'the model'} takes this rank's part of the residual stream, {shape_of(site.call)}, for "
+                f"one of equal parts, which {shape_of(origins[0])} on all ranks does not have. Pad the sequence to a multiple of the "
+                "number of ranks, or set use_local_output=False where branches end and at the embedding."
+            )
+    return origins[0]
+
+
+def _sizes(node: Node) -> list[float | None]:
+    return [constant(size) for size in shape_of(node) or ()]
 
 
 def _check(site: SiteNodes, value: Node) -> None:
@@ -157,7 +189,7 @@ def _check(site: SiteNodes, value: Node) -> None:
 def _refusal(site: SiteNodes, what: str) -> PlacementError:
     reader = next(iter(site.call.users), site.call)
     return PlacementError(
-        f"the residual stream that {module_of(reader) or 'the model'} reads {what} [{source_line_of(site.stream)}]. Give every layer "
-        "that ends a branch, and the embedding, the same output_layouts in the parallelize plan: Replicate(), or Shard(1) for "
-        "a stream that is split along the sequence."
+        f"the residual stream that {module_of(reader) or 'the model'} reads {what} [{source_line_of(site.stream)}]. Give every "
+        "layer that ends a branch, and the embedding, the same output_layouts in the parallelize plan: Replicate(), or Shard(1) "
+        "for a stream that is split along the sequence."
     )

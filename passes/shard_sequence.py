@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node, map_arg
+from torch.fx import Graph, Node
 
 from attnres_compile.chain import ResidualChain
 from attnres_compile.errors import PlacementError, VerificationError
-from attnres_compile.passes.base import MADE_BY, Program, SiteNodes, describe, is_site
-from attnres_compile.passes.localize import Localize, is_sum, terms_of
+from attnres_compile.passes.base import MADE_BY, Program, SiteNodes, is_site
+from attnres_compile.passes.localize import evaluate, insert_behind, is_sum, terms_of
 from attnres_compile.passes.moves import gathered, own_copy, part, scattered, split
 from attnres_compile.passes.rewrite import Rewrite
 from attnres_compile.patterns.norm_forms import NormForm, match_norm
-from attnres_compile.patterns.operations import MOVES, name_of, reads_only_metadata, same_shape, shape_of, value_of
+from attnres_compile.patterns.operations import MOVES, name_of, reads_only_metadata, shape_of, value_of
 from attnres_compile.patterns.placements import is_distributed, nearest, placements_of, taken_from
 
 log = logging.getLogger(__name__)
@@ -80,8 +80,13 @@ def _origin(chain: ResidualChain, sites: tuple[SiteNodes, ...]) -> Node | None:
         )
     shape = shape_of(sites[0].call) or ()
     tokens = shape[-2]
-    if isinstance(tokens, int) and tokens < mesh.size():
-        log.info("shard_sequence: %d tokens are fewer than the %d ranks, so all of them keep the whole stream", tokens, mesh.size())
+    if not isinstance(tokens, int):
+        raise PlacementError(
+            f"shard_sequence can't split a sequence whose length is a symbol ({tokens}), which DTensor does not pad; compile "
+            "with torch.compile(..., dynamic=False), and pad inputs to few lengths."
+        )
+    if tokens < mesh.size():
+        log.info("shard_sequence: with %d tokens on %d ranks, all of them keep the whole stream", tokens, mesh.size())
         return None
     return _without_moves(origins[0])
 
@@ -199,12 +204,7 @@ class _Sharder:
     def _evaluate(self, node: Node) -> None:
         """The example value of an operation on parts."""
         self.on_parts.add(node)
-        with torch.no_grad():
-            arguments, keywords = map_arg(node.args, value_of), map_arg(node.kwargs, value_of)
-            if node.op == "call_method":
-                node.meta["example_value"] = getattr(arguments[0], str(node.target))(*arguments[1:], **keywords)
-            else:
-                node.meta["example_value"] = node.target(*arguments, **keywords)  # type: ignore[operator]
+        node.meta["example_value"] = evaluate(node)
 
     def _erase_unused(self, values: Iterable[Node]) -> None:
         """Remove the sums and the all-reduces that nothing needs any more."""
@@ -217,13 +217,7 @@ class _Sharder:
                 self._erase_unused(operands)
 
     def _insert(self, place: Node, function: Callable[..., Any], arguments: tuple[Any, ...], origin: Node, name: str) -> Node:
-        while place.next.op == "placeholder":
-            place = place.next
-        with self.graph.inserting_after(place):
-            node = self.graph.create_node("call_function", function, arguments, name=name)
-        with torch.no_grad():
-            value = function(*map_arg(arguments, value_of))
-        return describe(node, origin, ShardSequence.name, value)
+        return insert_behind(place, function, arguments, origin, name, ShardSequence.name)
 
 
 def _is_like(value: Any, other: Any) -> bool:

@@ -73,8 +73,8 @@ def _is_not_broadcast(operand: Node, node: Node) -> bool:
 def transparent_source(node: Node, depends_on_stream: Callable[[Node, Node], bool]) -> Node | None:
     """The one tensor that ``node`` passes through, if ``node`` is linear in it and acts on each feature vector alone.
 
-    Transparent are casts, relayouts, slices, moves between ranks, idle dropout, and scaling or masking by a factor that has nothing to do with the
-    stream (``depends_on_stream(factor, value)`` is False).
+    Transparent are casts, relayouts, slices, moves between ranks, idle dropout, and scaling or masking by a factor that has
+    nothing to do with the stream (``depends_on_stream(factor, value)`` is False).
     """
     if not is_call(node) or "out" in node.kwargs or not is_float_tensor(node) or not node.args:
         return None
