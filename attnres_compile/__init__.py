@@ -22,6 +22,7 @@ from attnres_compile.errors import (
     NotRewrittenError,
     ParameterMismatchError,
     PartitionError,
+    PlacementError,
     TransferError,
     VerificationError,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "ParameterMismatchError",
     "PartitionError",
     "PipelinePlan",
+    "PlacementError",
     "Refusal",
     "Report",
     "SplitModule",

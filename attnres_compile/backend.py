@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -29,12 +30,14 @@ from attnres_compile.parameters import (
 )  # fmt: skip
 from attnres_compile.passes.base import Program, run_passes
 from attnres_compile.passes.pipeline import DETECTION, LOWERING, PHASING, PLANNING, REWRITING
+from attnres_compile.passes.shard_sequence import ShardSequence
 from attnres_compile.patterns.operations import clean_path
 from attnres_compile.places import caller_of
 from attnres_compile.report import ChainReport, Report, SiteReport
 
 log = logging.getLogger(__name__)
 
+SHARD_SEQUENCE = "shard_sequence"
 InnerCompiler = Callable[[GraphModule, list[Any], str | None], Callable[..., Any]]
 
 
@@ -46,7 +49,8 @@ def attnres(
     Args:
         gm, example_inputs: Dynamo's graph and its inputs.
         mode: a ``torch.compile`` mode, passed on to Inductor.
-        options: AttnResConfig fields. A model that was converted before has its config already.
+        options: AttnResConfig fields. A model that was converted before has its config already. Besides, ``shard_sequence``:
+            True lets every rank of a tensor-parallel model keep its part of the blocks alone (``passes/shard_sequence.py``).
 
     Raises:
         AttnResError: whenever the graph can't be rewritten as a whole; no graph of a model with parameters is ever compiled
@@ -69,6 +73,8 @@ def compile_rewritten(
 def _compile(
     gm: GraphModule, example_inputs: list[Any], compiler: InnerCompiler, mode: str | None, options: dict[str, Any] | None
 ) -> Callable[..., Any]:
+    options = dict(options or {})
+    shard_sequence = _flag(options, SHARD_SEQUENCE)
     requested = AttnResConfig.from_options(options) if options else None
     frame = capture.current_frame(gm)
     root = frame.root()
@@ -90,7 +96,8 @@ def _compile(
     report = relative_to(report_of(program), ".".join(filter(None, (clean_path(root[0]), path))))
     if isinstance(existing, AttnResParameters):
         existing.check(report)
-    program = run_passes(program, REWRITING + PHASING + LOWERING)
+    sharding = (ShardSequence(),) if shard_sequence else ()
+    program = run_passes(program, REWRITING + sharding + PHASING + LOWERING)
     for note in program.notes:
         log.info("site %d is computed by itself: %s", note.site, note.reason)
     parameters = existing if isinstance(existing, AttnResParameters) else _new_parameters(host, report, program)
@@ -100,6 +107,14 @@ def _compile(
     if parameters is not existing:  # only now: where compilation fails, the model stays what it was
         _attach_late(host, parameters)
     return RewrittenCall(compiled, weakref.ref(host), tuple(map(_kind, tensors)))
+
+
+def _flag(options: dict[str, Any], name: str) -> bool:
+    """Take an option out that is no field of AttnResConfig: it changes where values are, and not what is computed."""
+    value = options.pop(name, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, not {value!r}.")
+    return value
 
 
 def _no_chain(root: nn.Module, report: Report) -> AttnResError:
@@ -151,12 +166,24 @@ def _config(requested: AttnResConfig | None, existing: nn.Module | None) -> Attn
 def _new_parameters(host: nn.Module, report: Report, program: Program) -> AttnResParameters:
     """Those of a model that nobody converted, on its first compilation."""
     check_unconverted(host)
-    if capture.is_inside_ddp() or any(hasattr(parameter, "placements") for parameter in host.parameters()):
+    if capture.is_inside_ddp() or _is_sharded_between_uses(host):
         raise ConfigError(
             f"{type(host).__name__} was wrapped for distributed training before it had AttnRes parameters, which would then not "
             "be synchronised between ranks; call attnres_compile.convert_(model, ...) before wrapping it."
         )
     return AttnResParameters(program.config, layout_of(report), *device_and_dtype(host, program))
+
+
+def _is_sharded_between_uses(host: nn.Module) -> bool:
+    """Whether FSDP holds the model, whose parameters look like any others while its forward runs.
+
+    Tensor parallelism alone is no obstacle: all ranks make the same new parameters, and get the same gradients of them.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in host.modules())
 
 
 def _attach_late(host: nn.Module, parameters: AttnResParameters) -> None:

@@ -22,7 +22,9 @@ from attnres_compile.layout import layout_of
 from attnres_compile.parameters import ATTRIBUTE, AttnResParameters, attach, hosts_in
 from attnres_compile.passes.base import Program, run_passes
 from attnres_compile.passes.pipeline import DETECTION, PHASING, PLANNING, REWRITING
+from attnres_compile.passes.shard_sequence import ShardSequence
 from attnres_compile.patterns.operations import source_line_of
+from attnres_compile.patterns.placements import is_device_mesh
 from attnres_compile.report import Report, describe_chains
 from attnres_compile.rewritten import (
     RewrittenModule,
@@ -101,20 +103,20 @@ def _dry_run(model: nn.Module, config: AttnResConfig | None, args: tuple[Any, ..
 @overload
 def rewrite(
     model: nn.Module, config: AttnResConfig | None = ..., args: tuple[Any, ...] = ..., kwargs: dict[str, Any] | None = ..., *,
-    split: Literal[False] = ...,
+    split: Literal[False] = ..., shard_sequence: bool = ...,
 ) -> RewrittenModule: ...  # fmt: skip
 
 
 @overload
 def rewrite(
     model: nn.Module, config: AttnResConfig | None = ..., args: tuple[Any, ...] = ..., kwargs: dict[str, Any] | None = ..., *,
-    split: Literal[True],
+    split: Literal[True], shard_sequence: bool = ...,
 ) -> SplitModule: ...  # fmt: skip
 
 
 def rewrite(
     model: nn.Module, config: AttnResConfig | None = None, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, *,
-    split: bool = False,
+    split: bool = False, shard_sequence: bool = False,
 ) -> RewrittenModule | SplitModule:  # fmt: skip
     """The rewritten graph of ``model`` ahead of time, as a module that is called like the model and runs eagerly.
 
@@ -125,10 +127,13 @@ def rewrite(
     Args:
         split: return a module of modules, one for every AttnRes block, each of which FSDP's ``fully_shard`` can wrap and
             torch.compile compile by itself: see :class:`attnres_compile.SplitModule`.
+        shard_sequence: for a tensor-parallel model whose ranks all hold the whole residual stream: let every rank keep the
+            blocks of its part of the sequence alone (``passes/shard_sequence.py``). ``model`` and the result compute the same.
 
     Raises:
         PartitionError: if ``split`` is asked for and the graph can't be cut at the ends of its blocks.
         NoResidualChainError: if nothing can be rewritten, with the nearest misses.
+        PlacementError: if the model is distributed so that its stream can't be attended to, or not be split.
         ConfigError: if the config does not fit the chains, or contradicts the one that the model was converted with.
     """
     model, args, kwargs = checked_call(model, args, kwargs)
@@ -153,11 +158,13 @@ def rewrite(
         assert report.config is not None
         parameters = AttnResParameters(report.config, layout_of(report), device, dtype)
 
+    passes = (*REWRITING, ShardSequence()) if shard_sequence else REWRITING
+
     def is_same_graph(training: bool) -> bool:
         with _in_mode(model, training):
             return str(capture(model, args, kwargs).graph_module.graph) == text
 
-    rewritten = _as_module(model, args, kwargs, captured, run_passes(program, REWRITING), parameters, is_same_graph)
+    rewritten = _as_module(model, args, kwargs, captured, run_passes(program, passes), parameters, is_same_graph)
     if not split:
         return rewritten
     from attnres_compile.pipelining import splitting  # here, since it is one more user of rewritten modules
@@ -241,6 +248,9 @@ def _as_module(
             bound[node] = name
         elif id(value) in arguments:
             inputs.append(value)
+        elif is_device_mesh(value):
+            bound[node] = f"constant_{node.name}"
+            setattr(tree, bound[node], value)
         elif isinstance(value, Tensor):  # a tensor that the model holds outside its parameters and buffers
             bound[node] = f"constant_{node.name}"
             tree.register_buffer(bound[node], value, persistent=False)

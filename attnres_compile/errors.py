@@ -47,5 +47,9 @@ class PartitionError(AttnResError, ValueError):
     """The rewritten graph can't be cut into the pipeline stages that were asked for."""
 
 
+class PlacementError(AttnResError, ValueError):
+    """Ranks hold the residual stream, or the AttnRes parameters, in a way that depth attention can't be computed on."""
+
+
 class TransferError(AttnResError, RuntimeError):
     """A value between pipeline stages was lost, doubled, of another shape or dtype, or did not arrive."""

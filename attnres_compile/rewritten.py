@@ -16,6 +16,7 @@ from torch.fx.graph import CodeGen
 from attnres_compile.capture import tree_flatten, tree_unflatten
 from attnres_compile.errors import CaptureError, ModelTypeError
 from attnres_compile.parameters import ATTRIBUTE, AttnResParameters
+from attnres_compile.patterns.placements import is_device_mesh
 from attnres_compile.report import Report
 
 _INPUT, _OUTPUT, _CONSTANT = "input", "output", "constant"
@@ -205,6 +206,9 @@ class RewrittenModule(GraphModule):
         tree._buffers = copy.deepcopy(self._buffers, memo)
         tree._modules = copy.deepcopy(self._modules, memo)
         tree._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
+        for node in self.graph.find_nodes(op="get_attr"):
+            if is_device_mesh(value := self.__dict__.get(str(node.target))):
+                setattr(tree, str(node.target), value)
         graph = Graph()
         graph.output(graph.graph_copy(self.graph, {}))
         graph.set_codegen(CalledLikeModel())

@@ -25,6 +25,7 @@ from attnres_compile.patterns.operations import (
     same_shape,
     value_of,
 )  # fmt: skip
+from attnres_compile.patterns.placements import local_of
 from attnres_compile.patterns.residual import keeps_elements
 from attnres_compile.plan import AttnResPlan, SitePlan
 from attnres_compile.site_parameters import parameter_shapes
@@ -71,7 +72,7 @@ class _SiteInputs:
         self._count += 1
         shapes = parameter_shapes(self._config, value.shape[-1], num_sources)
         with torch.no_grad():
-            made = {name: value.new_empty(shape) for name, shape in shapes.items()}
+            made = {name: local_of(value).new_empty(shape) for name, shape in shapes.items()}
         return number, {name: self._placeholder(f"attnres_sites_{number}_{name}", empty) for name, empty in made.items()}
 
     def _placeholder(self, name: str, value: torch.Tensor) -> Node:

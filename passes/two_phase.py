@@ -137,9 +137,8 @@ class _Block:
     def replace(self) -> dict[int, Node]:
         """The new output of every site, by the site's number."""
         first = self.sites[0].call
-        parameters = [site.nodes.parameters for site in self.sites]
-        queries = [nodes["query"] for nodes in parameters]
-        key_norms = [nodes["key_norm"] for nodes in parameters if "key_norm" in nodes]
+        queries = [site.call.args[1] for site in self.sites]
+        key_norms = [site.call.args[2] for site in self.sites if site.call.args[2] is not None]
         arguments = (self.complete, queries, key_norms, first.args[3])
         values = [value_of(first)] * len(self.sites) + [_per_token(value_of(first))] * len(self.sites)
         with self.graph.inserting_before(first):

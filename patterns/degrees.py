@@ -19,6 +19,7 @@ from torch.fx import Node
 from attnres_compile.patterns.operations import (
     CASTS,
     DROPOUTS,
+    MOVES,
     PERMUTES,
     RESHAPES,
     argument,
@@ -53,7 +54,7 @@ class Scaling:
     eps: Eps | None = None
 
 
-KEEPS = CASTS | RESHAPES | PERMUTES | DROPOUTS | frozenset({
+KEEPS = CASTS | RESHAPES | PERMUTES | DROPOUTS | MOVES | frozenset({
     "neg", "abs", "relu", "mean", "nanmean", "sum", "cumsum", "amax", "amin", "max", "min", "std", "vector_norm", "getitem",
     "select", "narrow", "expand", "expand_as", "pad", "roll", "repeat", "repeat_interleave", "index_select", "chunk", "split",
     "split_with_sizes", "unbind", "flip", "masked_select", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "broadcast_to",

@@ -12,6 +12,7 @@ import torch
 from torch.fx import Node
 
 from attnres_compile.patterns.operations import is_call, value_of
+from attnres_compile.patterns.placements import local_of
 
 _OPERATORS = frozenset({
     operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
@@ -76,7 +77,7 @@ def memory_of(value: Node) -> Hashable:
     if not isinstance(example, torch.Tensor):
         return value
     try:
-        return int(example.untyped_storage()._cdata)
+        return int(local_of(example).untyped_storage()._cdata)
     except NotImplementedError:  # tensors inside vmap have no storage, and no in-place arithmetic that leaves it
         return value
 

@@ -17,6 +17,8 @@ _ALIASES = {
     "_to_copy": "to", "_unsafe_view": "view", "native_dropout": "dropout", "lift_fresh_copy": "clone",
     "linalg_vector_norm": "vector_norm", "linalg_norm": "vector_norm", "norm": "vector_norm",
     "slice": "getitem", "sym_size": "size", "_softmax": "softmax", "_safe_softmax": "softmax",
+    "prim_from_local": "from_local", "prim_to_local": "to_local", "prim_redistribute": "redistribute",
+    "prim_full_tensor": "full_tensor",
 }  # fmt: skip
 
 IN_PLACE = {
@@ -29,6 +31,8 @@ CASTS = frozenset({"to", "float", "double", "half", "bfloat16", "type", "type_as
 RESHAPES = frozenset({"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "view_as", "reshape_as", "ravel"})
 PERMUTES = frozenset({"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t"})
 SLICES = frozenset({"getitem", "select", "narrow"})
+MOVES = frozenset({"from_local", "to_local", "redistribute", "full_tensor"})
+"""What only changes which rank holds which part of a value."""
 DROPOUTS = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"})
 METADATA_READS = frozenset({
     "size", "dim", "numel", "stride", "getattr", "ndimension", "nelement", "get_device", "is_contiguous",

@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from attnres_compile.patterns.operations import (
     CASTS,
+    MOVES,
     PERMUTES,
     RESHAPES,
     SLICES,
@@ -72,14 +73,14 @@ def _is_not_broadcast(operand: Node, node: Node) -> bool:
 def transparent_source(node: Node, depends_on_stream: Callable[[Node, Node], bool]) -> Node | None:
     """The one tensor that ``node`` passes through, if ``node`` is linear in it and acts on each feature vector alone.
 
-    Transparent are casts, relayouts, slices, idle dropout, and scaling or masking by a factor that has nothing to do with the
-    stream (``depends_on_stream(factor, value)`` is False).
+    Transparent are casts, relayouts, slices, moves between ranks, idle dropout, and scaling or masking by a factor that has
+    nothing to do with the stream (``depends_on_stream(factor, value)`` is False).
     """
     if not is_call(node) or "out" in node.kwargs or not is_float_tensor(node) or not node.args:
         return None
     first = node.args[0]
     name = name_of(node)
-    if name in CASTS or name in RESHAPES or name in PERMUTES or is_idle_dropout(node):
+    if name in CASTS or name in RESHAPES or name in PERMUTES or name in MOVES or is_idle_dropout(node):
         return first if is_float_tensor(first) else None
     if name == "add" and 0 in node.args[:2]:  # how Python's sum() begins
         return next((value for value in node.args[:2] if is_float_tensor(value)), None)

@@ -16,6 +16,7 @@ from attnres_compile.passes.base import site_number
 from attnres_compile.passes.cuts import Cuts, boundary_nodes, cut
 from attnres_compile.passes.partition import stage_graphs
 from attnres_compile.patterns.operations import value_of
+from attnres_compile.patterns.placements import is_distributed
 from attnres_compile.pipelining.boundaries import boundaries_of, choose, costs_of
 from attnres_compile.pipelining.plan import PipelinePlan
 from attnres_compile.pipelining.stages import stage_modules
@@ -68,6 +69,11 @@ def partition(
     order = stage_placement(ranks, virtual, placement)
     if transport not in TRANSPORTS:
         raise ConfigError(f"transport must be one of {', '.join(TRANSPORTS)}, not {transport!r}.")
+    if any(is_distributed(parameter) for parameter in model.parameters()):
+        raise PartitionError(
+            f"{type(model).__name__} holds DTensors: stages are cut from a model that is not distributed yet. Call partition "
+            "before fully_shard, and fully_shard on each stage; pipelines of tensor-parallel stages are not supported."
+        )
     with _without_key_value_cache(model):
         rewritten = rewrite(model, config, args, kwargs)
     return cut_rewritten(rewritten, order, ranks, virtual, boundaries, transport == "cached", two_phase)
