@@ -167,8 +167,8 @@ def _split(site: SiteNodes, origins: list[Node]) -> Node | None:
         if name_of(reader) == "from_local" and _sizes(reader) != _sizes(origins[0]):
             raise PlacementError(
                 f"{module_of(reader) or 'the model'} takes this rank's part of the residual stream, {shape_of(site.call)}, for "
-                f"one of equal parts, which {shape_of(origins[0])} on all ranks does not have. Pad the sequence to a multiple of the "
-                "number of ranks, or set use_local_output=False where branches end and at the embedding."
+                f"one of equal parts, which {shape_of(origins[0])} on all ranks does not have. Pad the sequence to a multiple of "
+                "the number of ranks, or set use_local_output=False where branches end and at the embedding."
             )
     return origins[0]
 

@@ -34,8 +34,9 @@ def local_of(value: torch.Tensor) -> torch.Tensor:
     """The part of an example value that this rank holds; a plain tensor is its own."""
     if not is_distributed(value):
         return value
+    distributed: Any = value
     with torch.no_grad():
-        part: torch.Tensor = value.to_local()  # type: ignore[operator]
+        part: torch.Tensor = distributed.to_local()
     return part
 
 
