@@ -1,4 +1,4 @@
-"""What ranks do in the tests of DistributedDataParallel: each takes its half of a batch, and compares with all of it in one process."""
+"""What ranks do in the tests of DDP: each takes its half of a batch, and compares with all of it in one process."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def loss_of(output: Tensor) -> Tensor:
 def equal(
     order: str, setting: bool | str, width: int = 8, kind: type[Net] = Net, accumulate: bool = False, **options: Any
 ) -> dict[str, Any]:
-    """The largest error over two optimizer steps against one process with the whole batch, and how far the slowest query moved."""
+    """The largest error over two steps against one process with the whole batch, and how far the slowest query moved."""
     with torch._dynamo.config.patch(optimize_ddp=setting):
         model, alone = network(kind, width), network(kind, width)
         before = [site.query.detach().clone() for site in model.attnres.sites]
