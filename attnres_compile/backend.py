@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -22,6 +21,7 @@ from attnres_compile.parameters import (
     ATTRIBUTE,
     AttnResParameters,
     attach,
+    attached_to,
     check_unconverted,
     eager_hosts,
     hosts_in,
@@ -34,6 +34,15 @@ from attnres_compile.passes.shard_sequence import ShardSequence
 from attnres_compile.patterns.operations import clean_path
 from attnres_compile.places import caller_of
 from attnres_compile.report import ChainReport, Report, SiteReport
+from attnres_compile.wrappers import (
+    SHARD_BLOCKS,
+    check_no_wrapper,
+    check_not_sharded_in_parts,
+    check_synchronised,
+    fsdp_modules,
+    unsynchronised,
+    warn_of_adapters,
+)  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -82,10 +91,12 @@ def _compile(
         return compiler(gm, example_inputs, mode)  # plain tensor code around a model, between two graph breaks
     if root is None:
         raise NoResidualChainError("the compiled code uses no module's parameters: there is no model to rewrite.")
+    check_not_sharded_in_parts(root[1])
     if frame.cut:
         raise ChainCutError(f"{type(root[1]).__name__} was cut by {frame.cut}. A residual chain must lie in one graph.")
     host, path = _host(*root)
-    existing = host._modules.get(ATTRIBUTE)
+    existing = attached_to(host)
+    _check_wrappers(root[1], host, existing)
     config = _config(requested, existing)
     graph_module = capture.copy_graph(gm)
     program = Program(graph_module, config, capture.parameter_placeholders(gm))
@@ -94,15 +105,15 @@ def _compile(
         raise _no_chain(root[1], report_of(program, planned=False))
     program = run_passes(program, PLANNING)
     report = relative_to(report_of(program), ".".join(filter(None, (clean_path(root[0]), path))))
-    if isinstance(existing, AttnResParameters):
+    if existing is not None:
         existing.check(report)
     sharding = (ShardSequence(),) if shard_sequence else ()
     program = run_passes(program, REWRITING + sharding + PHASING + LOWERING)
     for note in program.notes:
         log.info("site %d is computed by itself: %s", note.site, note.reason)
-    parameters = existing if isinstance(existing, AttnResParameters) else _new_parameters(host, report, program)
+    parameters = _new_parameters(host, report, program) if existing is None else existing
     tensors = parameters.tensors()
-    _tie_to_dynamo(root[0], path, program, parameters)
+    _tie_to_dynamo(root[0], path, _path_of(parameters, host), program, parameters)
     compiled = compiler(graph_module, [*example_inputs, *tensors], mode)
     if parameters is not existing:  # only now: where compilation fails, the model stays what it was
         _attach_late(host, parameters)
@@ -131,6 +142,7 @@ def _explain_part(root: nn.Module, caller: str) -> str:
         f"{type(root).__name__} was compiled alone, called by {caller}. Either a graph break made Dynamo give up on the model "
         f"around it{f' (the last of all was: {reason})' if reason else ''}, which TORCH_LOGS=graph_breaks shows, or only this "
         "part was given to torch.compile. A residual chain must lie in one graph: remove the break, and compile the whole model."
+        + (f" FSDP shards it, and gathers it outside of any graph. {SHARD_BLOCKS}" if root in fsdp_modules(root) else "")
     )
 
 
@@ -152,8 +164,21 @@ def _host(expression: str, root: nn.Module) -> tuple[nn.Module, str]:
     return hosts[0], next(name for name, module in root.named_modules() if module is hosts[0])
 
 
-def _config(requested: AttnResConfig | None, existing: nn.Module | None) -> AttnResConfig:
-    if not isinstance(existing, AttnResParameters):
+def _check_wrappers(root: nn.Module, host: nn.Module, existing: AttnResParameters | None) -> None:
+    """What wraps the model, DDP or peft, must have found the parameters in it."""
+    ddp = capture.ddp_around(root, host)
+    if existing is None:
+        check_no_wrapper(host)
+        if ddp is not None or fsdp_modules(host):
+            raise unsynchronised(host)
+        return
+    if ddp is not None:
+        check_synchronised(host, existing.tensors(), capture.parameters_of_ddp(ddp))
+    warn_of_adapters(root, host, host._modules[ATTRIBUTE] is not existing, existing.tensors())
+
+
+def _config(requested: AttnResConfig | None, existing: AttnResParameters | None) -> AttnResConfig:
+    if existing is None:
         return requested or AttnResConfig()
     if requested is not None and requested != existing.config:
         raise ConfigError(
@@ -166,24 +191,7 @@ def _config(requested: AttnResConfig | None, existing: nn.Module | None) -> Attn
 def _new_parameters(host: nn.Module, report: Report, program: Program) -> AttnResParameters:
     """Those of a model that nobody converted, on its first compilation."""
     check_unconverted(host)
-    if capture.is_inside_ddp() or _is_sharded_between_uses(host):
-        raise ConfigError(
-            f"{type(host).__name__} was wrapped for distributed training before it had AttnRes parameters, which would then not "
-            "be synchronised between ranks; call attnres_compile.convert_(model, ...) before wrapping it."
-        )
     return AttnResParameters(program.config, layout_of(report), *device_and_dtype(host, program))
-
-
-def _is_sharded_between_uses(host: nn.Module) -> bool:
-    """Whether FSDP holds the model, whose parameters look like any others while its forward runs.
-
-    Tensor parallelism alone is no obstacle: all ranks make the same new parameters, and get the same gradients of them.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-    return any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in host.modules())
 
 
 def _attach_late(host: nn.Module, parameters: AttnResParameters) -> None:
@@ -212,8 +220,13 @@ def relative_to(report: Report, path: str) -> Report:
     return dataclasses.replace(report, chains=tuple(map(chain, report.chains)))
 
 
-def _tie_to_dynamo(root: str, path: str, program: Program, parameters: AttnResParameters) -> None:
-    sources = capture.parameter_sources(root, path, parameters.sites, parameters.names)
+def _path_of(parameters: AttnResParameters, host: nn.Module) -> str:
+    """Their name below ``host``, which may not have them yet; peft keeps those of an adapter further below."""
+    return next((name for name, module in host.named_modules() if module is parameters), ATTRIBUTE)
+
+
+def _tie_to_dynamo(root: str, path: str, own_path: str, program: Program, parameters: AttnResParameters) -> None:
+    sources = capture.parameter_sources(root, ".".join(filter(None, (path, own_path))), parameters.sites, parameters.names)
     nodes = [node for site in program.sites for node in site.parameters.values()]
     capture.prepare_for_compiler(program.graph_module, list(zip(nodes, sources, strict=True)))
     capture.guard_on(root, path)
@@ -232,6 +245,7 @@ class RewrittenCall:
 
     def __init__(self, compiled: Callable[..., Any], host: weakref.ref[nn.Module], kinds: Sequence[tuple[Any, ...]]) -> None:
         self.compiled, self.host, self.kinds = compiled, host, kinds
+        self.synchronised_by: weakref.ref[nn.Module] | None = None
 
     def __call__(self, *args: Any) -> Any:
         host = self.host()
@@ -244,5 +258,14 @@ class RewrittenCall:
                     f"AttnRes parameter {i} of {type(host).__name__} was compiled as {kind} and is now {_kind(tensor)}; move or "
                     "cast the whole model, or call torch.compiler.reset() to compile it anew."
                 )
+        self._check_ddp(host, tensors)
         note_execution(host)
         return self.compiled(*args, *tensors)
+
+    def _check_ddp(self, host: nn.Module, tensors: Sequence[Tensor]) -> None:
+        """The graph may have been compiled outside of DDP, so that nobody has held DDP's parameters against these yet."""
+        active = capture.active_ddp()
+        if active is not None and (self.synchronised_by is None or self.synchronised_by() is not active):
+            if (ddp := capture.ddp_around(host, host)) is not None:
+                check_synchronised(host, tensors, capture.parameters_of_ddp(ddp))
+            self.synchronised_by = weakref.ref(active)

@@ -28,7 +28,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from attnres_compile.errors import AttnResError, CaptureError, ChainCutError, ConfigError
 from attnres_compile.passes.normalize import remove_markers
-from attnres_compile.places import first_line, forward_ranges, is_inside, user_place
+from attnres_compile.places import caller_of_kind, first_line, forward_ranges, is_inside, user_place
 
 _DYNAMIC_MARKS = ("_dynamo_propagated_dynamic_indices", "_dynamo_weak_dynamic_indices")  # the second up to torch 2.12
 # What Dynamo raises, where it must not break the graph, about Python code that branches on a number out of a tensor.
@@ -183,10 +183,11 @@ def _describe_cut(translator: Any, reason: Any, graph_module: GraphModule, roots
     resumed = re.fullmatch(r"torch_dynamo_resume_in_(.*)_at_(\d+)", translator.f_code.co_name)
     if resumed and is_inside(translator.f_code.co_filename, int(resumed[2]), ranges):
         return f"a graph break in {resumed[1]!r} at {translator.f_code.co_filename}:{resumed[2]}"
-    if is_inside_ddp() and len(graph_module.graph.find_nodes(op="placeholder")) < len(translator.output.placeholders):
+    whole = {node.name for node in translator.output.placeholders}
+    if active_ddp() is not None and {node.name for node in graph_module.graph.find_nodes(op="placeholder")} != whole:
         return (
             "DDP's graph splitting, which hands the model over in buckets: set torch._dynamo.config.optimize_ddp = False before "
-            "compiling"
+            "compiling, or wrap attnres_compile.rewrite(model, ...), whose graph may be split"
         )
     return ""
 
@@ -197,21 +198,37 @@ def last_graph_break() -> str:
     return first_line(reasons[-1]) if reasons else ""
 
 
-def is_inside_ddp() -> bool:
-    """Whether the code that is being compiled was called by DistributedDataParallel."""
-    return nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None
+def active_ddp() -> nn.parallel.DistributedDataParallel | None:
+    """The DistributedDataParallel that is running its model right now, if any."""
+    active: nn.parallel.DistributedDataParallel | None = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    return active
 
 
-def parameter_sources(root: str, host_path: str, sites: Iterable[nn.Module], names: Sequence[str]) -> list[Source]:
-    """Sources of ``attnres.sites[i].<name>``, site after site, of the host at ``host_path`` below the expression ``root``.
+def ddp_around(root: nn.Module, host: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    """The DistributedDataParallel around ``host`` in whose forward call ``root``, which may be it, is being compiled.
+
+    With Python's reducer it does not say that it is active, but it still stands on the stack.
+    """
+    kind = nn.parallel.DistributedDataParallel
+    found = (root if isinstance(root, kind) else None) or active_ddp() or caller_of_kind(kind)
+    return found if found is not None and any(module is host for module in found.modules()) else None
+
+
+def parameters_of_ddp(ddp: nn.parallel.DistributedDataParallel) -> list[nn.Parameter]:
+    """The parameters that ``ddp`` found in its model when it was made: those that it synchronises."""
+    return list(ddp._module_parameters)
+
+
+def parameter_sources(root: str, path: str, sites: Iterable[nn.Module], names: Sequence[str]) -> list[Source]:
+    """Sources of ``sites[i].<name>``, site after site, of the parameters at ``path`` below the expression ``root``.
 
     Where something computes a weight from others (a parametrisation, a functional call), it is an attribute of the site.
     """
     output = InstructionTranslator.current_tx().output
-    host = _submodule_source(_source_of_root(output, root), host_path)
+    parameters = _submodule_source(_source_of_root(output, root), path)
     found: list[Source] = []
     for i, module in enumerate(sites):
-        site = _submodule_source(host, f"attnres.sites.{i}")
+        site = _submodule_source(parameters, f"sites.{i}")
         for name in names:
             found.append(
                 DictGetItemSource(AttrSource(site, "_parameters"), name)

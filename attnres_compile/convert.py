@@ -19,7 +19,7 @@ from attnres_compile.dummies import dummy_inputs
 from attnres_compile.errors import ConfigError, ModelTypeError, NoResidualChainError
 from attnres_compile.exported import captured_from
 from attnres_compile.layout import layout_of
-from attnres_compile.parameters import ATTRIBUTE, AttnResParameters, attach, hosts_in
+from attnres_compile.parameters import ATTRIBUTE, AttnResParameters, attach, attached_to, hosts_in
 from attnres_compile.passes.base import Program, run_passes
 from attnres_compile.passes.pipeline import DETECTION, PHASING, PLANNING, REWRITING
 from attnres_compile.passes.shard_sequence import ShardSequence
@@ -35,6 +35,7 @@ from attnres_compile.rewritten import (
     signature_of,
 )
 from attnres_compile.split import SplitModule
+from attnres_compile.wrappers import check_no_wrapper
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def _dry_run(model: nn.Module, config: AttnResConfig | None, args: tuple[Any, ..
     _refuse_rewritten(model)
     if hosts_in(model):
         raise ConfigError(f"{type(model).__name__} was converted before; converting twice would rewrite the rewritten.")
+    check_no_wrapper(model)
     return run_passes(plan(capture(model, args, kwargs), config, type(model).__name__), REWRITING + PHASING)
 
 
@@ -138,19 +140,21 @@ def rewrite(
     """
     model, args, kwargs = checked_call(model, args, kwargs)
     _refuse_rewritten(model)
-    existing = model._modules.get(ATTRIBUTE)
-    if isinstance(existing, AttnResParameters):
+    existing = attached_to(model)
+    if existing is not None:
         if config is not None and config != existing.config:
             raise ConfigError(f"the model was converted with {existing.config}; rewrite it with that, or without a config.")
         config = existing.config
     elif hosts := hosts_in(model):
         raise ConfigError(f"a part of the model, {type(hosts[0]).__name__}, was converted before; rewrite that part.")
+    else:
+        check_no_wrapper(model)
     captured = capture(model, args, kwargs, run=True)
     text = str(captured.graph_module.graph)
     program = plan(captured, _checked_config(config), type(model).__name__)
     _warn_of_checkpoints(program, type(model).__name__)
     report = report_of(program)
-    if isinstance(existing, AttnResParameters):
+    if existing is not None:
         existing.check(report)
         parameters = existing
     else:

@@ -18,7 +18,7 @@ from attnres_compile.config import AttnResConfig
 from attnres_compile.convert import checked_call, plan, report_of
 from attnres_compile.errors import ConfigError
 from attnres_compile.kernels import naive, naive_variants
-from attnres_compile.parameters import ATTRIBUTE, AttnResParameters, hosts_in
+from attnres_compile.parameters import attached_to, hosts_in
 from attnres_compile.passes.base import Program, is_site, run_passes
 from attnres_compile.passes.pipeline import REWRITING
 from attnres_compile.patterns.operations import module_of, value_of
@@ -88,8 +88,7 @@ def observe(
         ParameterMismatchError: if a converted model's sites are not those of its graph.
     """
     model, args, kwargs = checked_call(model, args, kwargs)
-    found = model._modules.get(ATTRIBUTE)
-    parameters = found if isinstance(found, AttnResParameters) else None
+    parameters = attached_to(model)
     if any(isinstance(module, RewrittenModule) for module in model.modules()):
         raise ConfigError(f"{type(model).__name__} was rewritten ahead of time; observe the model that it was made from.")
     if parameters is None and (hosts := hosts_in(model)):

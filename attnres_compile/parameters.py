@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,9 @@ from attnres_compile.errors import ConfigError, NotRewrittenError, ParameterMism
 from attnres_compile.layout import CONFIG_KEY, SiteLayout, StoredConversion, check_same, difference, layout_of
 from attnres_compile.report import Report
 from attnres_compile.site_parameters import initial_value
+from attnres_compile.wrappers import check_no_wrapper
+
+log = logging.getLogger(__name__)
 
 ATTRIBUTE = "attnres"
 
@@ -68,6 +72,11 @@ class AttnResParameters(nn.Module):
         return x
 
     @property
+    def active(self) -> AttnResParameters:
+        """These parameters. A wrapper in their place that lends their attributes, as peft's does, gives those of its adapter."""
+        return self
+
+    @property
     def names(self) -> tuple[str, ...]:
         """What every site holds."""
         return tuple(self.layout[0].parameter_shapes(self.config))
@@ -110,13 +119,21 @@ class AttnResParameters(nn.Module):
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        """Tensors fit in shape where blocks differ, so the options travel in the state dict's metadata.
+        """Tensors fit in shape where blocks differ, so the options travel in the state dict's metadata. Where there is none, a
+        warning says which options it is taken to have.
 
         Raises:
             ParameterMismatchError: if the state dict was saved with other options or sites.
         """
         if local_metadata.get(CONFIG_KEY) is not None:
             self.check_stored(StoredConversion.from_dict(local_metadata[CONFIG_KEY], "state dict"))
+        elif any(name.startswith(prefix) for name in state_dict):
+            log.warning(
+                "the tensors that are loaded as %s do not say with which options they were saved, as those from safetensors and "
+                "torch.distributed.checkpoint do not; they are taken to be of %s.",
+                prefix.rstrip("."),
+                self.config,
+            )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def check_stored(self, stored: StoredConversion) -> None:
@@ -179,14 +196,15 @@ def attach(model: nn.Module, parameters: AttnResParameters) -> AttnResParameters
 
 def check_unconverted(model: nn.Module) -> None:
     """Raises:
-        ConfigError: if the model has an attribute ``attnres`` already, or was loaded from a converted checkpoint without the
-            AttnRes tensors.
+        ConfigError: if the model has an attribute ``attnres`` already, is a wrapper around the model that is meant, or was
+            loaded from a converted checkpoint without the AttnRes tensors.
     """
     if hasattr(model, ATTRIBUTE):
         raise ConfigError(
             f"{type(model).__name__} already has an attribute {ATTRIBUTE!r}: it was converted before, or holds "
             "AttnRes of its own."
         )
+    check_no_wrapper(model)
     if getattr(getattr(model, "config", None), CONFIG_KEY, None) is not None:
         raise ConfigError(
             f"{type(model).__name__} comes from a converted checkpoint, but was loaded without its AttnRes tensors, which "
@@ -213,14 +231,20 @@ class _SavePretrained:
             delattr(model.config, CONFIG_KEY)
 
 
+def attached_to(model: nn.Module) -> AttnResParameters | None:
+    """``model.attnres`` where ``model`` is converted: those of the active adapter where peft keeps some for each."""
+    found = getattr(model._modules.get(ATTRIBUTE), "active", None)
+    return found if isinstance(found, AttnResParameters) else None
+
+
 def hosts_in(model: nn.Module) -> list[nn.Module]:
     """The converted modules inside ``model``, itself included."""
-    return [module for module in model.modules() if isinstance(module._modules.get(ATTRIBUTE), AttnResParameters)]
+    return [module for module in model.modules() if attached_to(module) is not None]
 
 
 def parameters_of(host: nn.Module) -> AttnResParameters:
-    found = host._modules.get(ATTRIBUTE)
-    if not isinstance(found, AttnResParameters):
+    found = attached_to(host)
+    if found is None:
         raise ParameterMismatchError(f"{type(host).__name__}.attnres was removed after the model was compiled; convert it anew.")
     return found
 

@@ -6,9 +6,11 @@ import inspect
 import linecache
 import re
 from pathlib import Path
+from typing import TypeVar
 
 from torch import nn
 
+M = TypeVar("M", bound=nn.Module)
 _OURS = str(Path(__file__).parent)
 
 
@@ -41,6 +43,17 @@ def caller_of(root: nn.Module) -> str:
             found = f"{type(owner).__name__} at {file}:{number}: {linecache.getline(file, number).strip()}"
         frame = frame.f_back
     return found
+
+
+def caller_of_kind(kind: type[M]) -> M | None:
+    """The innermost module of class ``kind`` whose method is running right now."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, kind):
+            return owner
+        frame = frame.f_back
+    return None
 
 
 def _holds(owner: nn.Module, part: nn.Module) -> bool:

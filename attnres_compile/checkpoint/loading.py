@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from attnres_compile.checkpoint.states import open_state
 from attnres_compile.checkpoint.structure import check_depth, model_class, quietly, transformers_config
 from attnres_compile.errors import CheckpointError, ConfigError
 from attnres_compile.layout import CONFIG_KEY, StoredConversion
-from attnres_compile.parameters import AttnResParameters, attach
+from attnres_compile.parameters import ATTRIBUTE, AttnResParameters, attach
 
 log = logging.getLogger(__name__)
 
@@ -94,10 +95,17 @@ def _load_state(state: StateFile, model: nn.Module | Factory) -> nn.Module:
     attach(module, AttnResParameters(stored.config, stored.layout, *_first_float(module)))
     tensors = state.read([prefix + name for name in module.state_dict()])
     try:
-        module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+        module.load_state_dict(_with_metadata({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, stored))
     except RuntimeError as error:  # shapes
         raise problem(state.path, f"does not fit {type(module).__name__}: {in_one_line(error)}") from error
     return module
+
+
+def _with_metadata(tensors: dict[str, Tensor], stored: StoredConversion) -> dict[str, Tensor]:
+    """As ``state_dict()`` has it, where the tensors of a file come alone."""
+    state = OrderedDict(tensors)
+    state._metadata = {ATTRIBUTE: {"version": 1, CONFIG_KEY: stored.to_dict()}}  # type: ignore[attr-defined]
+    return state
 
 
 def _first_float(model: nn.Module) -> tuple[torch.device, torch.dtype]:

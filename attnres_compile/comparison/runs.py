@@ -20,7 +20,7 @@ from attnres_compile.convert import plan, report_of
 from attnres_compile.errors import CheckpointError
 from attnres_compile.layout import SiteLayout, layout_of
 from attnres_compile.observe import Observer, observe
-from attnres_compile.parameters import ATTRIBUTE, AttnResParameters, hosts_in
+from attnres_compile.parameters import attached_to, hosts_in
 from attnres_compile.passes.base import Program
 
 
@@ -62,8 +62,8 @@ def describe(folder: Path, model: nn.Module, inputs: dict[str, Any]) -> Compared
         CheckpointError: if only a part of it is converted, or if it gives nothing that can be compared.
         NoResidualChainError, CaptureError, ChainCutError: if it has no residual stream, or can't be captured.
     """
-    parameters = model._modules.get(ATTRIBUTE)
-    config = parameters.config if isinstance(parameters, AttnResParameters) else None
+    parameters = attached_to(model)
+    config = None if parameters is None else parameters.config
     if config is None and (hosts := hosts_in(model)):
         raise CheckpointError(
             f"{folder}: a part of {type(model).__name__} alone, {type(hosts[0]).__name__}, is converted; only models that are "
