@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 READY := $(VENV)/.ready
 # What tests compare with, in a folder of its own: where Transformers finds it installed, hybrid models run its kernels, which
 # break their graphs on a CPU.
@@ -39,8 +40,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
+# Two tests at a time, of one thread each: most of their time goes into tracing, which is single-threaded Python.
 test: $(READY)
-	$(BIN)/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # mypy names modules after folders and knows no package-dir map, so it gets a folder of links in the shape of the map.
 lint: $(READY)

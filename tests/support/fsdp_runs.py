@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.fx import GraphModule
 from torch.nn.functional import cross_entropy
 
 import attnres_compile as ac
+from attnres_compile.backend import compile_rewritten
 
 CONFIG = ac.AttnResConfig(num_blocks=3)
 IDS = torch.randint(3, 97, (4, 9), generator=torch.Generator().manual_seed(1))
@@ -143,6 +145,21 @@ def layers_of_a_converted_model() -> str:
     return "no error"
 
 
+def converted_model_as_one_unit() -> float:
+    """A converted model that FSDP shards as a whole, under torch.compile: gradients against one process."""
+    whole, model = converted(), converted()
+    loss_of(whole_graph(whole), IDS).backward()
+    fully_shard(model)
+
+    def backend(graph_module: GraphModule, inputs: list[Any]) -> Any:
+        return compile_rewritten(graph_module, inputs, lambda graph, *_: graph.forward)
+
+    with promote_to_float64(model):
+        loss_of(torch.compile(model, backend=backend), IDS[2 * dist.get_rank() :][:2]).backward()
+    found = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+    return max(relative_error(found[name], parameter.grad) for name, parameter in whole.named_parameters())
+
+
 def all_of(folder: str) -> dict[str, Any]:
     """Everything in one group of processes."""
     return {
@@ -151,4 +168,5 @@ def all_of(folder: str) -> dict[str, Any]:
         "plain": loaded_by_the_plain_model(f"{folder}/tied"),
         "bfloat16": in_bfloat16(),
         "layers": layers_of_a_converted_model(),
+        "one unit": converted_model_as_one_unit(),
     }
