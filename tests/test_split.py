@@ -136,7 +136,7 @@ def test_fsdp(tmp_path: Path) -> None:
             assert found[case]["sharded"]
         assert found["plain"] == 0.0
         assert found["bfloat16"]["dtypes"] == {torch.float32}
-        assert found["bfloat16"]["error"] <= 0.03
+        assert found["bfloat16"]["error"] <= 1.5 * found["bfloat16"]["alone"] <= 0.1  # 8 bits, sums in another order
         assert "ChainCutError: FSDP shards 4 modules inside" in found["layers"]
         assert "split = attnres_compile.rewrite(model, ..., split=True)" in found["layers"]
         assert found["one unit"] <= 1e-12

@@ -112,7 +112,7 @@ def loaded_by_the_plain_model(folder: str) -> float:
 
 
 def in_bfloat16() -> dict[str, Any]:
-    """Captured in bfloat16, with parameters of float32 that FSDP casts: gradients against float64."""
+    """Captured in bfloat16, with parameters of float32 that FSDP casts: gradients against float64, and those of one process."""
     whole = converted()
     reference = whole_graph(whole)
     model = converted(dtype=torch.bfloat16)
@@ -125,11 +125,22 @@ def in_bfloat16() -> dict[str, Any]:
     rows = IDS[2 * dist.get_rank() :][:2]
     loss_of(split, rows).backward()
     loss_of(reference, IDS).backward()
-    named = dict(ac.rank_module(split).named_parameters())
-    expected = torch.cat([parameter.grad.flatten() for parameter in whole.parameters()])
-    gathered = {name: parameter.grad.full_tensor() for name, parameter in named.items()}
-    found = torch.cat([gathered[name].flatten().double() for name, _ in whole.named_parameters()])
-    return {"dtypes": {value.dtype for value in gathered.values()}, "error": relative_error(found, expected)}
+    alone = converted(dtype=torch.bfloat16)
+    alone.load_state_dict(whole.state_dict())  # random numbers in 16 bits are others
+    loss_of(ac.rewrite(alone, args=(IDS,)), IDS).backward()
+    names = [name for name, _ in whole.named_parameters()]
+
+    def joined(named: dict[str, Tensor]) -> Tensor:
+        return torch.cat([named[name].flatten().double() for name in names])
+
+    expected = joined({name: parameter.grad for name, parameter in whole.named_parameters()})
+    gathered = {name: p.grad.full_tensor() for name, p in ac.rank_module(split).named_parameters()}
+    rounded = joined({name: parameter.grad for name, parameter in alone.named_parameters()})
+    return {
+        "dtypes": {value.dtype for value in gathered.values()},
+        "error": relative_error(joined(gathered), expected),
+        "alone": relative_error(rounded, expected),
+    }
 
 
 def layers_of_a_converted_model() -> str:
