@@ -378,6 +378,7 @@ def test_the_whole_pipeline() -> None:
         "plan_blocks": 2,
         "rewrite": 4,
         "verify": 0,
+        "localize": 0,
         "two_phase": 2,
         "fuse_norms": 1,
         "lower": 4,
@@ -387,11 +388,11 @@ def test_the_whole_pipeline() -> None:
 
 def test_passes_are_frozen_and_named() -> None:
     assert [step.name for step in ALL] == [
-        "normalize", "find_chains", "plan_blocks", "rewrite", "verify", "two_phase", "fuse_norms", "lower",
+        "normalize", "find_chains", "plan_blocks", "rewrite", "verify", "localize", "two_phase", "fuse_norms", "lower",
     ]  # fmt: skip
-    assert [step.name for step in ALL] == list(PASSES)
+    assert [step.name for step in ALL] == [name for name in PASSES if name != "shard_sequence"]  # that one is asked for
     assert [name for name, may_be_left_out in PASSES.items() if may_be_left_out] == [
-        "verify", "two_phase", "fuse_norms", "lower",
+        "verify", "shard_sequence", "two_phase", "fuse_norms", "lower",
     ]  # fmt: skip
     with pytest.raises(AttributeError):
         ALL[0].name = "other"  # type: ignore[misc]
@@ -406,7 +407,7 @@ def test_the_hook_sees_every_pass_and_its_program() -> None:
     run_passes(program_of(), ALL, hook)
     assert seen == [
         ("normalize", 1, 0), ("find_chains", 2, 0), ("plan_blocks", 3, 0), ("rewrite", 4, 4), ("verify", 5, 4),
-        ("two_phase", 6, 4), ("fuse_norms", 7, 4), ("lower", 8, 4),
+        ("localize", 6, 4), ("two_phase", 7, 4), ("fuse_norms", 8, 4), ("lower", 9, 4),
     ]  # fmt: skip
 
 
