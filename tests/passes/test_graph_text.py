@@ -438,7 +438,7 @@ def test_other_passes_can_not_be_disabled(monkeypatch: pytest.MonkeyPatch, name:
         run_passes(program_of(), ALL)
     assert str(caught.value) == (
         f"ATTNRES_DISABLE_PASSES names {name!r}, without which the model would run un-rewritten; those that can be left out "
-        "are: verify, two_phase, fuse_norms, lower."
+        "are: verify, shard_sequence, two_phase, fuse_norms, lower."
     )
 
 
