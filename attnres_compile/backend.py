@@ -32,7 +32,7 @@ from attnres_compile.passes.base import Program, run_passes
 from attnres_compile.passes.pipeline import DETECTION, LOWERING, PHASING, PLANNING, REWRITING
 from attnres_compile.passes.shard_sequence import ShardSequence
 from attnres_compile.patterns.operations import clean_path
-from attnres_compile.places import caller_of
+from attnres_compile.places import caller_of, caller_of_kind
 from attnres_compile.report import ChainReport, Report, SiteReport
 from attnres_compile.wrappers import (
     SHARD_BLOCKS,
@@ -87,11 +87,11 @@ def _compile(
     requested = AttnResConfig.from_options(options) if options else None
     frame = capture.current_frame(gm)
     root = frame.root()
+    check_not_sharded_in_parts(caller_of_kind(nn.Module) if root is None else root[1])
     if root is None and not frame.has_parameters and frame.is_partial:
         return compiler(gm, example_inputs, mode)  # plain tensor code around a model, between two graph breaks
     if root is None:
         raise NoResidualChainError("the compiled code uses no module's parameters: there is no model to rewrite.")
-    check_not_sharded_in_parts(root[1])
     if frame.cut:
         raise ChainCutError(f"{type(root[1]).__name__} was cut by {frame.cut}. A residual chain must lie in one graph.")
     host, path = _host(*root)

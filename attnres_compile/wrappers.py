@@ -47,11 +47,11 @@ def fsdp_modules(host: nn.Module) -> list[nn.Module]:
     return [module for module in host.modules() if isinstance(module, (FSDPModule, FullyShardedDataParallel))]
 
 
-def check_not_sharded_in_parts(host: nn.Module) -> None:
+def check_not_sharded_in_parts(host: nn.Module | None) -> None:
     """Raises:
         ChainCutError: if FSDP shards modules inside ``host``: it gathers each before it runs, outside of any graph.
     """
-    inside = [module for module in fsdp_modules(host) if module is not host]
+    inside = [] if host is None else [module for module in fsdp_modules(host) if module is not host]
     if inside:
         raise ChainCutError(
             f"FSDP shards {len(inside)} modules inside {type(host).__name__}, the first a {type(inside[0]).__name__}, and "

@@ -24,7 +24,7 @@ DISABLE_VARIABLE = "ATTNRES_DISABLE_PASSES"
 # Every pass, and whether it may be left out by its exact name.
 PASSES = {
     "normalize": False, "find_chains": False, "plan_blocks": False, "rewrite": False, "verify": True, "localize": False,
-    "shard_sequence": False, "two_phase": True, "fuse_norms": True, "lower": True, "policies": True,
+    "shard_sequence": True, "two_phase": True, "fuse_norms": True, "lower": True, "policies": True,
 }  # fmt: skip
 MADE_BY = "attnres_pass"  # meta key of new nodes: the pass that made them
 SITE_NUMBER = "attnres_site"  # meta key of sites, see site_number

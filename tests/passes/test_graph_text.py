@@ -298,7 +298,7 @@ def test_rewrite_appends_its_inputs() -> None:
     parameters = [f"attnres_sites_{i}_{name}" for i in range(4) for name in ("query", "key_norm")]
     assert inputs[-8:] == parameters
     assert len(inputs) == 1 + 1 + 4 + 4 + 1 + 8
-    assert {tuple(n.meta["example_value"].shape) for site in program.sites for n in (site.query, site.key_norm)} == {(WIDTH,)}
+    assert {tuple(n.meta["example_value"].shape) for site in program.sites for n in site.parameters.values()} == {(WIDTH,)}
 
 
 def test_new_nodes_know_where_they_come_from() -> None:
@@ -378,6 +378,7 @@ def test_the_whole_pipeline() -> None:
         "plan_blocks": 2,
         "rewrite": 4,
         "verify": 0,
+        "localize": 0,
         "two_phase": 2,
         "fuse_norms": 1,
         "lower": 4,
@@ -388,11 +389,12 @@ def test_the_whole_pipeline() -> None:
 
 def test_passes_are_frozen_and_named() -> None:
     assert [step.name for step in ALL] == [
-        "normalize", "find_chains", "plan_blocks", "rewrite", "verify", "two_phase", "fuse_norms", "lower", "policies",
+        "normalize", "find_chains", "plan_blocks", "rewrite", "verify", "localize", "two_phase", "fuse_norms", "lower",
+        "policies",
     ]  # fmt: skip
-    assert [step.name for step in ALL] == list(PASSES)
+    assert [step.name for step in ALL] == [name for name in PASSES if name != "shard_sequence"]  # that one is asked for
     assert [name for name, may_be_left_out in PASSES.items() if may_be_left_out] == [
-        "verify", "two_phase", "fuse_norms", "lower", "policies",
+        "verify", "shard_sequence", "two_phase", "fuse_norms", "lower", "policies",
     ]  # fmt: skip
     with pytest.raises(AttributeError):
         ALL[0].name = "other"  # type: ignore[misc]
@@ -407,8 +409,7 @@ def test_the_hook_sees_every_pass_and_its_program() -> None:
     run_passes(program_of(), ALL, hook)
     assert seen == [
         ("normalize", 1, 0), ("find_chains", 2, 0), ("plan_blocks", 3, 0), ("rewrite", 4, 4), ("verify", 5, 4),
-        ("two_phase", 6, 4), ("fuse_norms", 7, 4), ("lower", 8, 4),
-        ("policies", 9, 4),
+        ("localize", 6, 4), ("two_phase", 7, 4), ("fuse_norms", 8, 4), ("lower", 9, 4), ("policies", 10, 4),
     ]  # fmt: skip
 
 
@@ -439,7 +440,7 @@ def test_other_passes_can_not_be_disabled(monkeypatch: pytest.MonkeyPatch, name:
         run_passes(program_of(), ALL)
     assert str(caught.value) == (
         f"ATTNRES_DISABLE_PASSES names {name!r}, without which the model would run un-rewritten; those that can be left out "
-        "are: verify, two_phase, fuse_norms, lower, policies."
+        "are: verify, shard_sequence, two_phase, fuse_norms, lower, policies."
     )
 
 
@@ -529,13 +530,12 @@ def double_operation(program: Program) -> None:
 
 def share_query(program: Program) -> None:
     first, second = program.sites[:2]
-    second.call.replace_input_with(second.query, first.query)
+    second.call.replace_input_with(second.parameters["query"], first.parameters["query"])
 
 
 def share_key_norm(program: Program) -> None:
     first, second = program.sites[:2]
-    assert first.key_norm is not None and second.key_norm is not None
-    second.call.replace_input_with(second.key_norm, first.key_norm)
+    second.call.replace_input_with(second.parameters["key_norm"], first.parameters["key_norm"])
 
 
 def orphan_site(program: Program) -> None:
