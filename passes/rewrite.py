@@ -15,7 +15,7 @@ from attnres_compile.config import AttnResConfig
 from attnres_compile.passes.base import MADE_BY, Program, SiteNodes, describe
 from attnres_compile.passes.graph_index import GraphIndex
 from attnres_compile.passes.normalize import IN_PLACE_SPELLING, restore_in_place
-from attnres_compile.passes.regions import recompute_with
+from attnres_compile.passes.regions import keep_for, recompute_with
 from attnres_compile.patterns.operations import (
     dtype_of,
     is_call,
@@ -184,6 +184,7 @@ class _ChainRewriter:
             _mixture_of(sources),
         )  # fmt: skip
         recompute_with(call, reader)
+        keep_for(call, sources)
         self._repoint(read.stream, call, set(read.edges))
         return SiteNodes(call, query, key_norm, read.stream)
 
