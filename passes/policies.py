@@ -31,12 +31,12 @@ class Policies:
     name: str = "policies"
 
     def run(self, program: Program) -> tuple[Program, int]:
-        regions: dict[int, list[Node]] = defaultdict(list)
+        regions: dict[tuple[int, Any], list[Node]] = defaultdict(list)
         for node in program.graph_module.graph.nodes:
             if POLICY in node.meta and is_call(node) and MADE_BY not in node.meta:
-                regions[node.meta["ac_graph_id"]].append(node)
-        for number, nodes in regions.items():
-            region = _Region(nodes[0].meta[POLICY], number)
+                regions[node.meta["ac_graph_id"], node.meta[POLICY]].append(node)
+        for (number, context_fn), nodes in regions.items():
+            region = _Region(context_fn, number)
             region.check(source_line_of(nodes[0]))
             for node in nodes:
                 function = node.target if callable(node.target) else _method(node.target)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from torch.fx import Graph, Node
+import functools
+from collections.abc import Iterable
+from typing import Any
 
-from attnres_compile.patterns.operations import name_of
+import torch
+from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from attnres_compile.patterns.operations import PERMUTES, RESHAPES, name_of
 
 TAGS = ("recompute", "ac_graph_id")
 """What marks the nodes of a checkpoint region in torch."""
@@ -19,6 +25,31 @@ def recompute_with(node: Node, reader: Node | None) -> None:
         node.meta.pop(tag, None)
         if reader is not None and tag in reader.meta:
             node.meta[tag] = reader.meta[tag]
+
+
+def keep_for(reader: Node, sources: Iterable[Node]) -> None:
+    """Let what an earlier checkpoint region made, and ``reader`` in a later one reads, be kept: the border of a region is.
+
+    The compiler behind us keeps it by itself unless it is a view, as the output of a linear layer is. Then all regions before
+    would be recomputed at once, when the backward pass begins, and all that they make would be held.
+    """
+    region = reader.meta.get("ac_graph_id")
+    for source in sources:
+        own = source.meta.get("ac_graph_id")
+        if region is None or own is None or own >= region:
+            continue
+        while name_of(source) in RESHAPES | PERMUTES and source.all_input_nodes[0].meta.get("ac_graph_id") == own:
+            source = source.all_input_nodes[0]
+        source.meta[POLICY] = _KEEP
+
+
+def _keep_results(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Not what an operation begins with, under autocast: casts of its weights."""
+    is_cast = operation is torch.ops.aten._to_copy.default
+    return CheckpointPolicy.PREFER_RECOMPUTE if is_cast else CheckpointPolicy.MUST_SAVE
+
+
+_KEEP = functools.partial(create_selective_checkpoint_contexts, _keep_results)
 
 
 class GradientRegions:

@@ -16,7 +16,7 @@ from attnres_compile.passes.base import MADE_BY, SITE_NUMBER, Program, SiteNodes
 from attnres_compile.passes.graph_index import GraphIndex
 from attnres_compile.passes.multi_stream import weigh_by_streams
 from attnres_compile.passes.normalize import IN_PLACE_SPELLING, restore_in_place
-from attnres_compile.passes.regions import recompute_with
+from attnres_compile.passes.regions import keep_for, recompute_with
 from attnres_compile.patterns.operations import (
     dtype_of,
     is_call,
@@ -196,6 +196,7 @@ class _ChainRewriter:
         call = self._call(function, arguments, reader, f"attnres_sites_{number}", _mixture_of(sources))
         call.meta[SITE_NUMBER] = number
         recompute_with(call, reader)
+        keep_for(call, sources)
         self._repoint(read.stream, call, set(read.edges))
         return SiteNodes(call, parameters, read.stream)
 

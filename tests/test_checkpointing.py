@@ -18,6 +18,7 @@ import attnres_compile as ac
 
 aten = torch.ops.aten
 LAYERS = 2
+BLOCK = ac.AttnResConfig(num_blocks=2)
 IDS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
 PRODUCTS = ("aten.mm.default", "aten.addmm.default")
 ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu.default"
@@ -79,7 +80,7 @@ def gpt_step(kind: str, rewritten: bool) -> Saved:
     model = randomise(GPT(num_layers=LAYERS), seed=0).double().train()
     model.checkpointing = KINDS[kind]
     if rewritten:
-        ac.convert_(model, ac.AttnResConfig(num_blocks=2), (IDS,))
+        ac.convert_(model, BLOCK, (IDS,))
         set_queries(model, 3)
     torch.manual_seed(5)
     return step(model, lambda compiled: compiled(IDS).square().mean())
@@ -123,24 +124,27 @@ def test_gradients_are_those_of_plain_training(kind: str) -> None:
         assert ((found[name] - gradient).norm() / gradient.norm()).item() <= 1e-12, name
 
 
-def llama_step(checkpointing: dict[str, Any] | None, rewritten: bool) -> Saved:
+def llama_step(checkpointing: dict[str, Any] | None, config: ac.AttnResConfig | None) -> Saved:
     model = tiny("llama", num_hidden_layers=LAYERS).train()
-    if rewritten:
-        ac.convert_(model, ac.AttnResConfig(num_blocks=2), (IDS,), {"use_cache": False})
+    if config is not None:
+        ac.convert_(model, config, (IDS,), {"use_cache": False})
     if checkpointing is not None:
         model.gradient_checkpointing_enable(checkpointing)
     return step(model, lambda compiled: compiled(IDS, use_cache=False).logits.sum())
 
 
 def test_checkpointing_of_transformers() -> None:
-    full, policy = (
-        {rewritten: llama_step(KINDS[kind], rewritten) for rewritten in (False, True)} for kind in ("full", "products")
-    )
-    for kind in (full, policy):
-        assert products(kind[True].operations) == products(kind[False].operations)
-    assert products(policy[True].operations) - products(full[True].operations) == 7 * LAYERS - 1
-    assert policy[True].bytes - policy[False].bytes == full[True].bytes - full[False].bytes
-    assert full[True].bytes < 0.5 * llama_step(None, True).bytes
+    standard, block = ({kind: llama_step(KINDS[kind], config) for kind in ("full", "products")} for config in (None, BLOCK))
+    for kind in standard:
+        assert products(block[kind].operations) == products(standard[kind].operations)
+    assert products(block["products"].operations) - products(block["full"].operations) == 7 * LAYERS - 1
+    assert block["products"].bytes - standard["products"].bytes == block["full"].bytes - standard["full"].bytes
+    assert block["full"].bytes < 0.5 * llama_step(None, BLOCK).bytes
+
+
+def test_full_keeps_the_sources_that_later_checkpoints_read() -> None:
+    """All outputs of linear layers but the last. If they were recomputed, all layers would be, as the backward pass begins."""
+    assert products(llama_step(KINDS["full"], ac.AttnResConfig(variant="full")).operations) == 2 * LAYERS - 1
 
 
 def test_a_policy_through_inductor() -> None:

@@ -28,7 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "support"))
 
 from saved_tensors import step
 
-SIZE = Size(layers=12, width=256, intermediate=688, heads=4, kv_heads=4, vocabulary=512, sequence=128)
+SIZE = Size(layers=8, width=256, intermediate=688, heads=4, kv_heads=4, vocabulary=512, sequence=256)
 CONFIGS: dict[str, ac.AttnResConfig | None] = {
     "standard": None,
     "Block, 4 blocks": ac.AttnResConfig(num_blocks=4),

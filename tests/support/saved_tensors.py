@@ -18,6 +18,8 @@ from torch.fx import Graph, GraphModule, Node
 from attnres_compile.backend import compile_rewritten
 from attnres_compile.parameters import ATTRIBUTE
 
+_VIEWS = ("aten.view.default", "aten.permute.default", "aten.unsqueeze.default", "aten.detach.default", "aten.t.default")
+
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
@@ -69,13 +71,13 @@ def step(model: nn.Module, loss: Callable[[Callable[..., Any]], Tensor]) -> Save
 
 
 def _kept(graph: Graph) -> Counter[str]:
-    kept: Counter[str] = Counter()
+    kept: set[Node] = set()
     for node in next(iter(graph.find_nodes(op="output"))).args[0]:  # type: ignore[union-attr]
-        if getattr(node, "op", None) == "call_function":
-            while node.target is operator.getitem:
-                node = node.args[0]
-            kept[_operation(node)] += 1
-    return kept
+        while isinstance(node, Node) and str(node.target) in _VIEWS:
+            node = node.args[0]
+        if isinstance(node, Node) and node.op == "call_function":
+            kept.add(node)
+    return Counter(_operation(node.args[0] if node.target is operator.getitem else node) for node in kept)  # type: ignore[arg-type]
 
 
 def _computed(graph: Graph) -> Counter[str]:
