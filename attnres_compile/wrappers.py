@@ -47,15 +47,26 @@ def fsdp_modules(host: nn.Module) -> list[nn.Module]:
     return [module for module in host.modules() if isinstance(module, (FSDPModule, FullyShardedDataParallel))]
 
 
-def check_not_sharded_in_parts(host: nn.Module | None) -> None:
+def check_not_sharded_in_parts(host: nn.Module) -> None:
     """Raises:
         ChainCutError: if FSDP shards modules inside ``host``: it gathers each before it runs, outside of any graph.
     """
-    inside = [] if host is None else [module for module in fsdp_modules(host) if module is not host]
+    inside = [module for module in fsdp_modules(host) if module is not host]
     if inside:
         raise ChainCutError(
             f"FSDP shards {len(inside)} modules inside {type(host).__name__}, the first a {type(inside[0]).__name__}, and "
             f"gathers each before it runs, which cuts the residual chain. {SHARD_BLOCKS}"
+        )
+
+
+def check_not_sharded(model: nn.Module) -> None:
+    """Raises:
+        ConfigError: if FSDP shards ``model`` or parts of it: no graph holds it, and it would never learn of new parameters.
+    """
+    if fsdp_modules(model):
+        raise ConfigError(
+            f"FSDP shards {type(model).__name__}, and gathers it outside of any graph; convert or rewrite it before that. "
+            f"{SHARD_BLOCKS}"
         )
 
 

@@ -31,8 +31,8 @@ BASE = {
     "chain": set(),
     "transport": set(),
     "plan": {"config", "errors"},
-    "report": {"chain", "config", "plan", "site_parameters"},
     "site_parameters": {"config", "errors"},
+    "report": {"chain", "config", "plan", "site_parameters"},
 }
 PRIVATE_TORCH = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch._subclasses", "torch.fx.experimental")
 USES_PRIVATE_TORCH = ("attnres_compile/capture.py", "attnres_compile/pipeline.py")
