@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, cast
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -31,14 +31,19 @@ def rank_module(stages: Iterable[_Stage] | SplitModule) -> nn.Module:
     sharded.
     """
     tree = nn.Module()
-    parts = stages.parts if isinstance(stages, SplitModule) else [stage.plan.stages[stage.stage_index] for stage in stages]
-    for module in parts:
+    for module in _parts_of(stages):
         for inner in module.modules():
             if isinstance(inner, FSDPModule):
                 inner.reshard()  # after an evaluation whole parameters are still in the shards' places
         for name, owner in module.named_modules():
             _adopt(_place(tree, name), owner)
     return tree
+
+
+def _parts_of(stages: Iterable[_Stage] | SplitModule) -> list[nn.Module]:
+    if isinstance(stages, SplitModule):
+        return list(stages.parts)
+    return [stage.plan.stages[stage.stage_index] for stage in cast(Iterable[_Stage], stages)]
 
 
 def check_ties(plan: PipelinePlan, rank: int) -> None:
