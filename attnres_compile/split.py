@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils.checkpoint import checkpoint
 
-from attnres_compile.errors import PartitionError
+from attnres_compile.errors import CaptureError, PartitionError
 from attnres_compile.layout import CONFIG_KEY, StoredConversion, check_same
 from attnres_compile.parameters import ATTRIBUTE
+from attnres_compile.pipelining.surroundings import check_autocast
 from attnres_compile.report import Report
 from attnres_compile.rewritten import CallSignature
 from attnres_compile.transport import StageTransport
@@ -29,6 +31,12 @@ class SplitModule(nn.Module):
             them, and enter blocks as inputs.
         report: what was rewritten.
 
+    A split model runs in the dtypes that it was captured in, and under the same autocast. For FSDP's mixed precision split the
+    model in 16 bits, and load the weights in float32: ``split.float().load_state_dict(weights)``.
+
+    Of a model that was captured with activation checkpointing, every block that holds a checkpointed layer is recomputed as a
+    whole in the backward pass, compiled or not. Each block can be wrapped in ``torch.utils.checkpoint`` too.
+
     The state dict has the model's own names, and ``attnres.*``; after sharding its values are DTensors. For
     ``torch.distributed.checkpoint.state_dict`` and for optimizers whose state is to be saved under the model's names, use
     ``attnres_compile.rank_module(split)``, once the blocks are sharded.
@@ -38,12 +46,17 @@ class SplitModule(nn.Module):
 
     def __init__(
         self, blocks: Sequence[GraphModule], shared: nn.Module, inputs: Sequence[tuple[str, ...]],
-        transport: Sequence[StageTransport], signature: CallSignature, report: Report, stored: StoredConversion, training: bool,
+        transport: Sequence[StageTransport], dtypes: dict[str, torch.dtype], recomputed: frozenset[int], signature: CallSignature,
+        report: Report, stored: StoredConversion, training: bool,
     ) -> None:  # fmt: skip
+        """``dtypes`` are those of values between blocks; ``recomputed`` numbers blocks that are computed again for gradients."""
         super().__init__()
         self.blocks, self.shared = nn.ModuleList(blocks), shared
         self.report = report
         self._inputs, self._transport, self._signature, self._stored = tuple(inputs), tuple(transport), signature, stored
+        self._dtypes, self._recomputed = dtypes, recomputed
+        self._surroundings = blocks[0].meta
+        self._parameter_dtypes = [{name: value.dtype for name, value in part.named_parameters()} for part in self.parts]
         self.train(training)
         self.register_state_dict_post_hook(_to_names_of_the_model)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_from_names_of_the_model)  # type: ignore[no-untyped-call]
@@ -57,27 +70,59 @@ class SplitModule(nn.Module):
         """What the model returns.
 
         Raises:
-            CaptureError: if the arguments or the mode are not those that the graph was captured for.
+            CaptureError: if the arguments, the mode, autocast or the dtypes of parameters are not those that the graph was
+                captured for.
         """
         self._signature.check_mode(self.training)
         given = self._signature.flatten(args, kwargs)
+        check_autocast(self._surroundings, given)
         values: dict[str, Tensor] = {}
-        for block, names, plan in zip(self.blocks[:-1], self._inputs, self._transport, strict=False):
-            kept = self._run(block, names, plan, values, given)[1]
-            values.update(zip(plan.keeps, kept, strict=True))
+        for i, plan in enumerate(self._transport[:-1]):
+            for name, value in zip(plan.keeps, self._run(i, values, given)[1], strict=True):
+                if value.dtype != self._dtypes[name]:
+                    raise _other_dtype(f"block {i} gives {name}", value.dtype, self._dtypes[name])
+                values[name] = value
             for name in plan.frees:
                 del values[name]
-        outputs = self._run(self.blocks[-1], self._inputs[-1], self._transport[-1], values, given)
-        return self._signature.rebuild(outputs, given)
+        return self._signature.rebuild(self._run(len(self.blocks) - 1, values, given), given)
 
-    def _run(
-        self, block: nn.Module, names: Sequence[str], plan: StageTransport, values: dict[str, Tensor], given: list[Any]
-    ) -> Any:
-        arguments = given if block is self.blocks[0] else [values[name] for name in plan.fetches]
-        return block(*arguments, *(self.shared.get_parameter(name) for name in names))
+    def _run(self, index: int, values: dict[str, Tensor], given: list[Any]) -> Any:
+        arguments = given if index == 0 else [values[name] for name in self._transport[index].fetches]
+        arguments = [*arguments, *(self.shared.get_parameter(name) for name in self._inputs[index])]
+        block = self.blocks[index]
+        try:
+            if index in self._recomputed and torch.is_grad_enabled():
+                return checkpoint(block, *arguments, use_reentrant=False)
+            return block(*arguments)
+        except RuntimeError as error:  # operands of two dtypes; FSDP casts parameters where only a block itself sees it
+            for part, dtypes in zip(self.parts, self._parameter_dtypes, strict=True):
+                for name, parameter in part.named_parameters() if part in (block, self.shared) else ():
+                    if parameter.dtype != dtypes[name]:
+                        raise _other_dtype(f"block {index} reads {name}", parameter.dtype, dtypes[name]) from error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if any(name in part._modules or name in part._parameters for part in self.__dict__["_modules"].get(_BLOCKS, ())):
+                raise AttributeError(
+                    f"a split model has no {name!r} of its own: the parameters of the model lie in its blocks, under their names. "
+                    "attnres_compile.rank_module(split) has all of them together, for torch.distributed.checkpoint.state_dict."
+                ) from error
+            raise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SplitModule:
         raise PartitionError("a split model can't be copied; copy the model that it was made from, and split that copy, too.")
+
+
+def _other_dtype(what: str, found: torch.dtype, captured: torch.dtype) -> CaptureError:
+    name, other = (str(dtype).removeprefix("torch.") for dtype in (found, captured))
+    return CaptureError(
+        f"{what} in {name}, which was {other} when the model was rewritten, and its graph holds casts to that. Split the model in "
+        f"the dtype that it runs in: attnres_compile.rewrite(model.to(torch.{name}), ..., split=True). For FSDP's mixed precision "
+        "then load the float32 weights: split.float().load_state_dict(weights)."
+    )
 
 
 def _own_name(name: str, prefix: str) -> str:

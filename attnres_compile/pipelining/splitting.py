@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -12,6 +13,7 @@ from attnres_compile.layout import StoredConversion, layout_of
 from attnres_compile.passes.cuts import Cuts, cut
 from attnres_compile.passes.normalize import attribute
 from attnres_compile.passes.partition import stage_graphs
+from attnres_compile.passes.regions import TAGS
 from attnres_compile.patterns.operations import value_of
 from attnres_compile.pipelining.boundaries import boundaries_of
 from attnres_compile.pipelining.partition import cut_values
@@ -44,7 +46,11 @@ def split(rewritten: RewrittenModule) -> SplitModule:
         signature = dataclasses.replace(signature, training=None)  # asked now: the split module keeps no hold of the model
     stored = StoredConversion(config, layout_of(rewritten.report))
     tree = module_tree(rewritten, sorted(shared))
-    return SplitModule(blocks, tree, inputs, transport, signature, rewritten.report, stored, rewritten.training)
+    dtypes = {value.name: getattr(torch, value.dtype) for value in values}
+    recomputed = frozenset(cuts.stage[node] for node in rewritten.graph.nodes if node in cuts.stage and TAGS[0] in node.meta)
+    return SplitModule(
+        blocks, tree, inputs, transport, dtypes, recomputed, signature, rewritten.report, stored, rewritten.training
+    )
 
 
 def _in_one_process(values: tuple[CutValue, ...], count: int) -> tuple[StageTransport, ...]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from attnres_compile.errors import CaptureError, PartitionError, TransferError
@@ -53,6 +54,21 @@ def check_surroundings(index: int, stage: GraphModule, running: nn.Module, devic
             f"stage {index} was captured in {_mode(training)} mode, which its graph keeps, and is set to "
             f"{_mode(running.training)} mode. Call partition on the model in {_mode(running.training)} mode, too: the stages of "
             "both plans share their parameters."
+        )
+
+
+def check_autocast(recorded: dict[str, Any], inputs: Iterable[Any]) -> None:
+    """Compare the autocast that :func:`record_surroundings` kept with that on the device of ``inputs`` now.
+
+    Raises:
+        CaptureError: if autocast differs.
+    """
+    device = next((value.device.type for value in inputs if isinstance(value, Tensor)), "meta")
+    captured, now = recorded[_KEY][0], autocast_dtype(device)
+    if now != captured:
+        raise CaptureError(
+            f"this graph was rewritten {_under(captured)} and is called {_under(now)}; call rewrite under the autocast that it "
+            "runs under."
         )
 
 
