@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 import attnres_compile.kernels.ops  # noqa: F401  (registers the attnres:: operators)
 from attnres_compile import capture
 from attnres_compile.config import AttnResConfig
-from attnres_compile.convert import device_and_dtype, explain_no_chain, report_of
+from attnres_compile.convert import device_and_dtype, explain_no_chain, is_rewritten, report_of
 from attnres_compile.errors import AttnResError, ChainCutError, ConfigError, NoResidualChainError, ParameterMismatchError
 from attnres_compile.layout import layout_of
 from attnres_compile.parameters import (
@@ -32,7 +32,7 @@ from attnres_compile.passes.base import Program, run_passes
 from attnres_compile.passes.pipeline import DETECTION, LOWERING, PHASING, PLANNING, REWRITING
 from attnres_compile.passes.shard_sequence import ShardSequence
 from attnres_compile.patterns.operations import clean_path
-from attnres_compile.places import caller_of, caller_of_kind
+from attnres_compile.places import caller_of, caller_of_kind, modules_that_run
 from attnres_compile.report import ChainReport, Report, SiteReport
 from attnres_compile.wrappers import (
     SHARD_BLOCKS,
@@ -76,7 +76,18 @@ def compile_rewritten(
     try:
         return _compile(gm, example_inputs, compiler, mode, options)
     except AttnResError as error:
-        capture.raise_through_dynamo(error)
+        capture.raise_through_dynamo(_because_of_fsdp(error) or error)
+
+
+def _because_of_fsdp(error: AttnResError) -> AttnResError | None:
+    """What FSDP shards in parts is handed over in pieces. Which comes first, and what it lacks, depends on the model."""
+    if isinstance(error, (ChainCutError, NoResidualChainError)):
+        for model in modules_that_run():
+            try:
+                check_not_sharded_in_parts(model)
+            except ChainCutError as found:
+                return found
+    return None
 
 
 def _compile(
@@ -130,6 +141,8 @@ def _flag(options: dict[str, Any], name: str) -> bool:
 
 def _no_chain(root: nn.Module, report: Report) -> AttnResError:
     """No chain in the module that Dynamo compiles: the model has none, or a graph break left Dynamo with a part of it."""
+    if is_rewritten(root):
+        return ConfigError(f'{type(root).__name__} was rewritten before; compile it without backend="attnres".')
     caller = caller_of(root)
     if not caller:
         return NoResidualChainError(explain_no_chain(type(root).__name__, report))

@@ -35,7 +35,7 @@ from attnres_compile.rewritten import (
     signature_of,
 )
 from attnres_compile.split import SplitModule
-from attnres_compile.wrappers import check_no_wrapper
+from attnres_compile.wrappers import check_no_wrapper, check_not_sharded
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def detect(model: nn.Module | ExportedProgram, args: tuple[Any, ...] = (), kwarg
         captured = captured_from(model)
     else:
         model, args, kwargs = checked_call(model, args, kwargs)
-        _refuse_rewritten(model)
+        _check_original(model)
         captured = capture(model, args, kwargs)
     return report_of(run_passes(_program(captured, AttnResConfig()), DETECTION), planned=False)
 
@@ -95,7 +95,7 @@ def planned(
 def _dry_run(model: nn.Module, config: AttnResConfig | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
     """Rewrite a graph that is then thrown away: what can be rewritten, and how, is known before the first step."""
     config = _checked_config(config)
-    _refuse_rewritten(model)
+    _check_original(model)
     if hosts_in(model):
         raise ConfigError(f"{type(model).__name__} was converted before; converting twice would rewrite the rewritten.")
     check_no_wrapper(model)
@@ -139,7 +139,7 @@ def rewrite(
         ConfigError: if the config does not fit the chains, or contradicts the one that the model was converted with.
     """
     model, args, kwargs = checked_call(model, args, kwargs)
-    _refuse_rewritten(model)
+    _check_original(model)
     existing = attached_to(model)
     if existing is not None:
         if config is not None and config != existing.config:
@@ -224,9 +224,17 @@ def report_of(program: Program, planned: bool = True) -> Report:
     return Report(chains, program.refusals, program.history, program.config if planned else None, program.notes)
 
 
-def _refuse_rewritten(model: nn.Module) -> None:
-    if any(isinstance(module, RewrittenModule) for module in model.modules()):
+def _check_original(model: nn.Module) -> None:
+    """Raises:
+        ConfigError: if ``model`` was rewritten or sharded before.
+    """
+    if is_rewritten(model):
         raise ConfigError(f"{type(model).__name__} was rewritten before; start from the original model.")
+    check_not_sharded(model)
+
+
+def is_rewritten(model: nn.Module) -> bool:
+    return any(isinstance(module, (RewrittenModule, SplitModule)) for module in model.modules())
 
 
 def _program(captured: Captured, config: AttnResConfig) -> Program:

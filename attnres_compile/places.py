@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import linecache
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -54,6 +55,16 @@ def caller_of_kind(kind: type[M]) -> M | None:
             return owner
         frame = frame.f_back
     return None
+
+
+def modules_that_run() -> Iterator[nn.Module]:
+    """Modules whose eager code runs right now, the innermost first; instead of torch.compile's wrapper what it wraps."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            yield getattr(owner, "_orig_mod", owner)
+        frame = frame.f_back
 
 
 def _holds(owner: nn.Module, part: nn.Module) -> bool:

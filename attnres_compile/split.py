@@ -101,13 +101,13 @@ class SplitModule(nn.Module):
                         raise _other_dtype(f"block {index} reads {name}", parameter.dtype, dtypes[name]) from error
             raise
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
         try:
             return super().__getattr__(name)
         except AttributeError as error:
             if any(name in part._modules or name in part._parameters for part in self.__dict__["_modules"].get(_BLOCKS, ())):
                 raise AttributeError(
-                    f"a split model has no {name!r} of its own: the parameters of the model lie in its blocks, under their names. "
+                    f"a split model has no {name!r} of its own: parameters lie in its blocks, under the model's names. "
                     "attnres_compile.rank_module(split) has all of them together, for torch.distributed.checkpoint.state_dict."
                 ) from error
             raise
@@ -119,9 +119,9 @@ class SplitModule(nn.Module):
 def _other_dtype(what: str, found: torch.dtype, captured: torch.dtype) -> CaptureError:
     name, other = (str(dtype).removeprefix("torch.") for dtype in (found, captured))
     return CaptureError(
-        f"{what} in {name}, which was {other} when the model was rewritten, and its graph holds casts to that. Split the model in "
-        f"the dtype that it runs in: attnres_compile.rewrite(model.to(torch.{name}), ..., split=True). For FSDP's mixed precision "
-        "then load the float32 weights: split.float().load_state_dict(weights)."
+        f"{what} in {name}, which was {other} when the model was rewritten, and its graph holds casts to that. Split the model "
+        f"in the dtype that it runs in: attnres_compile.rewrite(model.to(torch.{name}), ..., split=True). For FSDP's mixed "
+        "precision then load the weights in float32: split.float().load_state_dict(weights)."
     )
 
 

@@ -59,6 +59,17 @@ def check_not_sharded_in_parts(host: nn.Module | None) -> None:
         )
 
 
+def check_not_sharded(model: nn.Module) -> None:
+    """Raises:
+        ConfigError: if FSDP shards ``model`` or parts of it: no graph holds it, and it would never learn of new parameters.
+    """
+    if fsdp_modules(model):
+        raise ConfigError(
+            f"FSDP shards {type(model).__name__}, and gathers it outside of any graph; convert or rewrite it before that. "
+            f"{SHARD_BLOCKS}"
+        )
+
+
 def _is_from_peft(model: nn.Module) -> bool:
     return any(kind.__module__.partition(".")[0] == "peft" for kind in type(model).__mro__)
 
