@@ -76,7 +76,18 @@ def compile_rewritten(
     try:
         return _compile(gm, example_inputs, compiler, mode, options)
     except AttnResError as error:
-        capture.raise_through_dynamo(error)
+        capture.raise_through_dynamo(_because_of_fsdp(error) or error)
+
+
+def _because_of_fsdp(error: AttnResError) -> AttnResError | None:
+    """What FSDP shards in parts is handed over in pieces. Which comes first, and what it lacks, depends on the model."""
+    if isinstance(error, (ChainCutError, NoResidualChainError)):
+        for model in modules_that_run():
+            try:
+                check_not_sharded_in_parts(model)
+            except ChainCutError as found:
+                return found
+    return None
 
 
 def _compile(

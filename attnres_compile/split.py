@@ -101,7 +101,7 @@ class SplitModule(nn.Module):
                         raise _other_dtype(f"block {index} reads {name}", parameter.dtype, dtypes[name]) from error
             raise
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
         try:
             return super().__getattr__(name)
         except AttributeError as error:

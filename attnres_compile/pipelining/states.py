@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol, cast
+from typing import Protocol
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -43,7 +43,7 @@ def rank_module(stages: Iterable[_Stage] | SplitModule) -> nn.Module:
 def _parts_of(stages: Iterable[_Stage] | SplitModule) -> list[nn.Module]:
     if isinstance(stages, SplitModule):
         return list(stages.parts)
-    return [stage.plan.stages[stage.stage_index] for stage in cast(Iterable[_Stage], stages)]
+    return [stage.plan.stages[stage.stage_index] for stage in stages]
 
 
 def check_ties(plan: PipelinePlan, rank: int) -> None:
