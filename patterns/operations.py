@@ -148,9 +148,13 @@ def module_of(node: Node) -> str:
 
 
 def clean_path(path: str) -> str:
-    """``L['self'].model.layers.0`` and ``L['self']._modules['model']`` as a qualified name without the root."""
+    """``L['self'].model.layers.0`` and ``L['self']._modules['model']`` as a qualified name without the root.
+
+    A module whose ``forward`` was replaced by a method of it, as accelerate does, is reached through that method.
+    """
     if not path.startswith(("L[", "G[")):
         return path  # torch.export names modules as the model does
+    path = path.replace(".forward.__self__", "")
     for noise in ("._modules['", "['", "']", "_modules."):
         path = path.replace(noise, "." if noise in ("._modules['", "['") else "")
     parts = [part for part in path.replace("[", ".").replace("]", "").split(".") if part]
