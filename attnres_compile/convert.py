@@ -152,7 +152,8 @@ def rewrite(
     captured = capture(model, args, kwargs, run=True)
     text = str(captured.graph_module.graph)
     program = plan(captured, _checked_config(config), type(model).__name__)
-    _warn_of_checkpoints(program, type(model).__name__)
+    if not split:
+        _warn_of_checkpoints(program, type(model).__name__)
     report = report_of(program)
     if existing is not None:
         existing.check(report)
