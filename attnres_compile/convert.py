@@ -152,7 +152,7 @@ def rewrite(
     captured = capture(model, args, kwargs, run=True)
     text = str(captured.graph_module.graph)
     program = plan(captured, _checked_config(config), type(model).__name__)
-    if not split:  # whose blocks are recomputed
+    if not split:
         _warn_of_checkpoints(program, type(model).__name__)
     report = report_of(program)
     if existing is not None:

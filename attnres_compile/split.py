@@ -35,7 +35,8 @@ class SplitModule(nn.Module):
     model in 16 bits, and load the weights in float32: ``split.float().load_state_dict(weights)``.
 
     Of a model that was captured with activation checkpointing, every block that holds a checkpointed layer is recomputed as a
-    whole in the backward pass, compiled or not. Each block can be wrapped in ``torch.utils.checkpoint`` too.
+    whole in the backward pass, compiled or not, whatever a selective policy would keep. Each block can be wrapped in
+    ``torch.utils.checkpoint`` too.
 
     The state dict has the model's own names, and ``attnres.*``; after sharding its values are DTensors. For
     ``torch.distributed.checkpoint.state_dict`` and for optimizers whose state is to be saved under the model's names, use
