@@ -94,8 +94,8 @@ TINY = Scale(
 CPU = Scale(
     name="cpu",
     sizes=(
-        Size("small", layers=8, hidden=48, heads=4, length=128, batch=4),
-        Size("larger", layers=12, hidden=64, heads=4, length=128, batch=4),
+        Size("small", layers=8, hidden=48, heads=4, length=64, batch=4),
+        Size("larger", layers=12, hidden=64, heads=4, length=64, batch=4),
     ),
     rows=ROWS, seeds=3, steps=600, evaluations=8, windows=64, final_windows=256, peak_lr=4e-3, continued_steps=300,
 )  # fmt: skip
