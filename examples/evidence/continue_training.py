@@ -2,8 +2,8 @@
 
     python examples/evidence/continue_training.py [--scale tiny|cpu|gpu] [--workers 2]
 
-Run train.py first: its baselines of the largest size are what this starts from. Each run has an optimizer of its own from the start,
-since queries are new. Like train.py it goes on after a kill.
+Run train.py first: its baselines of the largest size are what this starts from. Each run has a fresh optimizer, since queries
+are new. Like train.py it goes on after a kill.
 """
 
 from __future__ import annotations

@@ -115,7 +115,9 @@ def _ends(axes: Axes, entries: Sequence[Entry], group: str) -> None:
     axes.axvline(0, color=COLOURS[0], linewidth=1)
     axes.set_yticks(range(len(entries)), [entry.row.title for entry in entries])
     axes.invert_yaxis()
-    axes.set(title=f"{group}: at the end, minus baseline of the same seed", xlabel="nats per byte; 95 % interval and single seeds")
+    axes.set(
+        title=f"{group}: at the end, minus baseline of the same seed", xlabel="nats per byte; 95 % interval and single seeds"
+    )
 
 
 def _band(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], colour: str, label: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from models import plain_model
 
 import attnres_compile as ac
 from attnres_compile.inspection.measure import inspect_model
@@ -31,8 +32,6 @@ def measure(training: Training) -> dict[str, Any]:
 
 def inspect_trained(training: Training) -> ChainInspection:
     """Inspect the trained weights in a model that wasn't rewritten ahead of time."""
-    from training import plain_model
-
     ids = training.validation[0][:, :-1]
     model, config = plain_model(training.task.size), training.task.row.config
     if config is not None:

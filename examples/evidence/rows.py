@@ -97,7 +97,7 @@ CPU = Scale(
         Size("small", layers=8, hidden=48, heads=4, length=64, batch=4),
         Size("larger", layers=12, hidden=64, heads=4, length=64, batch=4),
     ),
-    rows=ROWS, seeds=3, steps=600, evaluations=8, windows=64, final_windows=256, peak_lr=4e-3, continued_steps=300,
+    rows=ROWS, seeds=3, steps=480, evaluations=8, windows=64, final_windows=256, peak_lr=4e-3, continued_steps=240,
 )  # fmt: skip
 GPU = Scale(
     name="gpu", sizes=(Size("100M", layers=14, hidden=768, heads=12, length=512, batch=32),),

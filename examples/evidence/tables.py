@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from files import result_path
 from rows import BASELINE, Row
-from training import Task, result_path
+from training import Task
 
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom.
 QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -116,8 +117,9 @@ def times(all_entries: Sequence[Entry], workers: int) -> str:
     results = [result for entry in all_entries for result in entry.results.values()]
     cpu, wall = sum(r["cpu_seconds"] for r in results), sum(r["seconds"] for r in results)
     return (
-        f"{len(results)} runs took {cpu / 60:.1f} minutes of processor time, so {cpu / 60 / workers:.0f} minutes are estimated for "
-        f"{workers} workers on an idle machine. By the clock they took {wall / 60:.1f} minutes, added up over runs.\n"
+        f"{len(results)} runs took {cpu / 60:.1f} minutes of processor time; on an idle machine {workers} workers would take "
+        f"about {cpu / 60 / workers:.0f} minutes (estimated, not measured). By the clock the runs took {wall / 60:.1f} minutes, "
+        "added up.\n"
     )
 
 

@@ -23,6 +23,7 @@ from rows import SCALES
 from training import Task
 from workers import run_all
 
+
 def main(
     scale_name: Annotated[str, typer.Option("--scale", help=f"One of {', '.join(SCALES)}.")] = "cpu",
     workers: Annotated[int, typer.Option(help="Processes, with one thread each.", min=1)] = 2,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import multiprocessing
-import os
 import platform
 import statistics
 import time
@@ -18,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from data import corpus
 from demo_training import adamw
+from files import checkpoint_path, replacing, result_path, weights_path
 from measuring import measure
+from models import connected, plain_model
 from rows import Row, Scale, Size
-from small_llama import small_llama
 from torch import Tensor, nn
-
-import attnres_compile as ac
 
 WARM_UP, FLOOR = 0.05, 0.1  # parts of the steps, and of the peak learning rate at which the cosine ends
 CLIP = 1.0
@@ -65,6 +62,16 @@ class Task:
             "torch": torch.__version__,
         }  # fmt: skip
 
+    def check(self, path: Path, found: dict[str, Any]) -> None:
+        """Refuse to mix runs of other settings with this one: ``found`` is the identity in ``path``."""
+        wanted = json.loads(json.dumps(self.identity()))
+        if different := [name for name in wanted if found.get(name) != wanted[name]]:
+            name = different[0]
+            raise SystemExit(
+                f"{path} is of a run with another {name}, {found.get(name)!r} instead of {wanted[name]!r}; remove the file, or "
+                "choose another folder with --work."
+            )
+
     def rate(self, step: int) -> float:
         """Learning rate of step ``step``, from 0: linear warm-up, then a cosine."""
         warm_up = max(1, round(WARM_UP * self.steps))
@@ -89,7 +96,7 @@ class Training:
         if task.start:
             plain.load_state_dict(torch.load(weights_path(folder, task.start), weights_only=True))
             self.generator.manual_seed(1_000_000 + task.seed)  # other places of the text than before
-        self.model, self.forward = connected(plain, task, self.validation[0][:, :-1])
+        self.model, self.forward = connected(plain, task.row, scale, self.validation[0][:, :-1])
         self.optimizer = adamw(self.model, task.peak_lr)
         self.losses: list[float] = []
         self.step_seconds: list[float] = []  # processor time
@@ -165,7 +172,7 @@ class Training:
         if not path.exists():
             return
         state = torch.load(path, map_location=self.task.scale.device, weights_only=True)
-        check_identity(path, json.loads(state["identity"]), self.task)
+        self.task.check(path, json.loads(state["identity"]))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["data"].cpu())
@@ -190,58 +197,6 @@ class Training:
         with replacing(result_path(self.folder, self.task.name)) as path:
             path.write_text(json.dumps(result))
         checkpoint_path(self.folder, self.task.name).unlink()
-
-
-def plain_model(size: Size) -> nn.Module:
-    """Weights are drawn wider than by default, 0.02, which suits widths of thousands."""
-    return small_llama(size.layers, size.hidden, size.length, size.heads, initializer_range=0.5 * size.hidden**-0.5)
-
-
-def connected(plain: nn.Module, task: Task, ids: Tensor) -> tuple[nn.Module, Any]:
-    """The model with the residual connection of its row, whose parameters are trained, and what is called."""
-    config, scale = task.row.config, task.scale
-    if not scale.compiled:
-        model = plain if config is None else ac.rewrite(plain, config, args=(ids,), kwargs={"use_cache": False})
-        return model, model
-    model = plain.to(scale.device)
-    if config is None:
-        return model, torch.compile(model)
-    with torch.autocast(scale.device, torch.bfloat16):
-        ac.convert_(model, config, args=(ids.to(scale.device),), kwargs={"use_cache": False})
-    return model, torch.compile(model, backend="attnres")
-
-
-def checkpoint_path(folder: Path, name: str) -> Path:
-    return folder / f"{name}.checkpoint.pt"
-
-
-def weights_path(folder: Path, name: str) -> Path:
-    return folder / f"{name}.weights.pt"
-
-
-def result_path(folder: Path, name: str) -> Path:
-    return folder / f"{name}.json"
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Any:
-    """Write a file whole or not at all: under another name first, and to the disk before it takes the place of ``path``."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    yield unfinished
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-
-
-def check_identity(path: Path, found: dict[str, Any], task: Task) -> None:
-    """Refuse to mix runs of other settings with this one's."""
-    wanted = json.loads(json.dumps(task.identity()))
-    if different := [name for name in wanted if found.get(name) != wanted[name]]:
-        name = different[0]
-        raise SystemExit(
-            f"{path} is of a run with another {name}, {found.get(name)!r} instead of {wanted[name]!r}; remove the file, or choose "
-            "another folder with --work."
-        )
 
 
 def stop_with_parent() -> None:

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from training import OutOfTime, Task, Training, check_identity, result_path
+from files import result_path
+from training import OutOfTime, Task, Training
 
 
 def run_all(tasks: Sequence[Task], folder: Path, workers: int, deadline: float = math.inf) -> bool:
@@ -63,7 +64,7 @@ def is_finished(task: Task, folder: Path) -> bool:
     path = result_path(folder, task.name)
     if not path.exists():
         return False
-    check_identity(path, json.loads(path.read_text())["identity"], task)
+    task.check(path, json.loads(path.read_text())["identity"])
     return True
 
 
