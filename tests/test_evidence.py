@@ -21,7 +21,7 @@ examples, folder = sys.argv[1:]
 sys.path.insert(0, examples)
 import rows, training, workers
 scale = rows.TINY
-task = training.Task(scale, scale.sizes[0], rows.FULL, 0, scale.peak_lr, scale.steps)
+task = training.Task(scale, scale.sizes[0], rows.FULL, 0, scale.sizes[0].peak_lr, scale.steps)
 workers.run_all([task], Path(folder, "uninterrupted"), workers=1)
 
 class Killed(training.Training):

@@ -38,7 +38,7 @@ def main(
     if scale_name not in SCALES:
         raise typer.BadParameter(f"--scale is one of {', '.join(SCALES)}, not {scale_name}.")
     scale, folder = SCALES[scale_name], work / scale_name
-    baselines = [Task(scale, scale.sizes[-1], BASELINE, seed, scale.peak_lr, scale.steps) for seed in range(scale.seeds)]
+    baselines = [Task(scale, scale.sizes[-1], BASELINE, seed, scale.sizes[-1].peak_lr, scale.steps) for seed in range(scale.seeds)]
     if missing := [task.name for task in baselines if not is_finished(task, folder)]:
         raise SystemExit(f"{missing[0]} is not trained yet; run train.py --scale {scale_name} --rows {BASELINE.name} first.")
     tasks = continued(scale, baselines)
@@ -52,7 +52,7 @@ def main(
 def continued(scale: Scale, baselines: list[Task]) -> list[Task]:
     """The baseline's row among them: more training alone lowers the loss, too."""
     return [
-        Task(scale, start.size, row, start.seed, part * scale.peak_lr, scale.continued_steps, start.name)
+        Task(scale, start.size, row, start.seed, part * start.peak_lr, scale.continued_steps, start.name)
         for part in PARTS_OF_PEAK
         for start in baselines
         for row in scale.rows

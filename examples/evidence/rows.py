@@ -49,7 +49,10 @@ STANDARD = full("standard", "standard residual, rewritten", weights="standard")
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A decoder. ``length`` is that of a sequence and ``batch`` the number of sequences in a step."""
+    """A decoder. ``length`` is that of a sequence and ``batch`` the number of sequences in a step.
+
+    ``peak_lr`` is the learning rate of every row. It was chosen by the baseline alone.
+    """
 
     name: str
     layers: int
@@ -57,6 +60,7 @@ class Size:
     heads: int
     length: int
     batch: int
+    peak_lr: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +82,6 @@ class Scale:
     evaluations: int
     windows: int
     final_windows: int
-    peak_lr: float
     continued_steps: int
     continued_rows: tuple[str, ...] = (BASELINE.name, BLOCK_8.name, FULL.name)
     device: str = "cpu"
@@ -86,22 +89,22 @@ class Scale:
 
 
 TINY = Scale(
-    name="tiny", sizes=(Size("tiny", layers=2, hidden=16, heads=4, length=32, batch=2),),
+    name="tiny", sizes=(Size("tiny", layers=2, hidden=16, heads=4, length=32, batch=2, peak_lr=4e-3),),
     rows=(BASELINE, STANDARD, block("block-2", "Block, N=2", 2), FULL, *ABLATIONS[:-1]),
-    seeds=2, steps=12, evaluations=3, windows=4, final_windows=8, peak_lr=4e-3, continued_steps=6,
+    seeds=2, steps=12, evaluations=3, windows=4, final_windows=8, continued_steps=6,
     continued_rows=(BASELINE.name, FULL.name),
 )  # fmt: skip
 CPU = Scale(
     name="cpu",
     sizes=(
-        Size("small", layers=8, hidden=48, heads=4, length=64, batch=4),
-        Size("larger", layers=12, hidden=64, heads=4, length=64, batch=4),
+        Size("small", layers=8, hidden=48, heads=4, length=64, batch=4, peak_lr=4e-3),
+        Size("larger", layers=12, hidden=64, heads=4, length=64, batch=4, peak_lr=2e-3),
     ),
-    rows=ROWS, seeds=3, steps=480, evaluations=8, windows=64, final_windows=256, peak_lr=4e-3, continued_steps=240,
+    rows=ROWS, seeds=3, steps=400, evaluations=8, windows=32, final_windows=256, continued_steps=200,
 )  # fmt: skip
 GPU = Scale(
-    name="gpu", sizes=(Size("100M", layers=14, hidden=768, heads=12, length=512, batch=32),),
-    rows=(BASELINE, BLOCK_8, FULL), seeds=1, steps=1000, evaluations=8, windows=256, final_windows=1024, peak_lr=1e-3,
+    name="gpu", sizes=(Size("100M", layers=14, hidden=768, heads=12, length=512, batch=32, peak_lr=1e-3),),
+    rows=(BASELINE, BLOCK_8, FULL), seeds=1, steps=1000, evaluations=8, windows=256, final_windows=1024,
     continued_steps=500, device="cuda", compiled=True,
 )  # fmt: skip
 SCALES = {scale.name: scale for scale in (TINY, CPU, GPU)}

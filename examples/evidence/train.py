@@ -43,7 +43,7 @@ def main(
     if unknown := set(wanted).difference(row.name for row in scale.rows):
         raise typer.BadParameter(f"there is no row {sorted(unknown)[0]}; there are {', '.join(r.name for r in scale.rows)}.")
     tasks = [
-        Task(scale, size, row, seed, lr or scale.peak_lr, scale.steps)
+        Task(scale, size, row, seed, lr or size.peak_lr, scale.steps)
         for size in scale.sizes
         for seed in range(seeds or scale.seeds)
         for row in scale.rows
