@@ -1,6 +1,6 @@
 """Go on from trained baselines with and without a conversion: same weights, same new batches, same learning rates.
 
-    python examples/evidence/continue_training.py [--scale tiny|cpu|gpu] [--workers 2]
+    python examples/evidence/continue_training.py [--scale tiny|cpu|gpu] [--workers 2] [--seeds 3]
 
 Run train.py first: its baselines of the largest size are what this starts from. Each run has a fresh optimizer, since queries
 are new. Like train.py it goes on after a kill.
@@ -29,6 +29,7 @@ PARTS_OF_PEAK = (0.25, 1.0)  # of the learning rate that the baseline was traine
 def main(
     scale_name: Annotated[str, typer.Option("--scale", help=f"One of {', '.join(SCALES)}.")] = "cpu",
     workers: Annotated[int, typer.Option(help="Processes, with one thread each.", min=1)] = 2,
+    seeds: Annotated[int | None, typer.Option(help="How many seeds, from 0 on.", min=1)] = None,
     minutes: Annotated[float, typer.Option(help="Stop after so many; the same command goes on.")] = math.inf,
     work: Annotated[Path, typer.Option(help="Folder of checkpoints and single results.")] = WORK,
     out: Annotated[Path | None, typer.Option(help="Folder of tables and figures.")] = None,
@@ -38,7 +39,8 @@ def main(
     if scale_name not in SCALES:
         raise typer.BadParameter(f"--scale is one of {', '.join(SCALES)}, not {scale_name}.")
     scale, folder = SCALES[scale_name], work / scale_name
-    baselines = [Task(scale, scale.sizes[-1], BASELINE, seed, scale.sizes[-1].peak_lr, scale.steps) for seed in range(scale.seeds)]
+    size = scale.sizes[-1]
+    baselines = [Task(scale, size, BASELINE, seed, size.peak_lr, size.steps) for seed in range(seeds or scale.seeds)]
     if missing := [task.name for task in baselines if not is_finished(task, folder)]:
         raise SystemExit(f"{missing[0]} is not trained yet; run train.py --scale {scale_name} --rows {BASELINE.name} first.")
     tasks = continued(scale, baselines)

@@ -31,8 +31,9 @@ def draw_all(entries: Sequence[Entry], folder: Path) -> list[Path]:
     figures = {
         "losses.png": losses(entries, groups),
         "dynamics.png": dynamics(entries, groups),
-        "depth.png": mixing([entry for entry in last if _is_main(entry)]),
     }
+    if main := [entry for entry in last if _is_main(entry)]:
+        figures["depth.png"] = mixing(main)
     if others := [entry for entry in last if not _is_main(entry)]:
         figures["depth_ablations.png"] = mixing(others)
     for name, figure in figures.items():
@@ -57,8 +58,7 @@ def losses(entries: Sequence[Entry], groups: Sequence[str]) -> Figure:
         curves.set(title=f"{group}: validation loss", xlabel="step", ylabel="nats per byte")
         distances.axhline(0, color=COLOURS[0], linewidth=1)
         distances.set(title=f"{group}: minus baseline of the same seed", xlabel="step", ylabel="nats per byte")
-        for axes in (curves, distances):
-            axes.legend(frameon=False)
+        curves.legend(frameon=False)
         _ends(ends, [entry for entry in chosen if entry.differences], group)
     _tidy(figure)
     return figure
@@ -148,7 +148,7 @@ def _minus(left: list[float], right: list[float]) -> list[float]:
 
 
 def _is_main(entry: Entry) -> bool:
-    return entry.row.name in MAIN or entry.row.name.startswith("block-2")
+    return entry.row.name in MAIN
 
 
 def _tidy(figure: Figure) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from models import plain_model
 
-import attnres_compile as ac
 from attnres_compile.inspection.measure import inspect_model
 from attnres_compile.inspection.results import ChainInspection
 
@@ -32,11 +32,11 @@ def measure(training: Training) -> dict[str, Any]:
 
 def inspect_trained(training: Training) -> ChainInspection:
     """Inspect the trained weights in a model that wasn't rewritten ahead of time."""
-    ids = training.validation[0][:, :-1]
-    model, config = plain_model(training.task.size), training.task.row.config
-    if config is not None:
-        ac.convert_(model, config, args=(ids,), kwargs={"use_cache": False})
+    model = plain_model(training.task.size)
+    if training.task.row.config is not None:
+        model.attnres = copy.deepcopy(training.model.attnres).cpu()  # what convert_ would attach, without capturing once more
     model.load_state_dict({name: value.cpu() for name, value in training.model.state_dict().items()})
+    ids = training.validation[0][:, :-1]
     (chain,) = inspect_model(model, kwargs={"input_ids": ids, "use_cache": False}).chains
     return chain
 

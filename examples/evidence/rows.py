@@ -51,7 +51,7 @@ STANDARD = full("standard", "standard residual, rewritten", weights="standard")
 class Size:
     """A decoder. ``length`` is that of a sequence and ``batch`` the number of sequences in a step.
 
-    ``peak_lr`` is the learning rate of every row. It was chosen by the baseline alone.
+    Every row is trained for ``steps`` optimizer steps with the learning rate ``peak_lr``, which was chosen by the baseline alone.
     """
 
     name: str
@@ -61,11 +61,12 @@ class Size:
     length: int
     batch: int
     peak_lr: float
+    steps: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """An experiment: every row at every size with every seed, for ``steps`` optimizer steps each.
+    """An experiment: every row at every size with every seed.
 
     Attributes:
         evaluations: how often validation loss is measured on the way, and the run saved; on ``windows`` sequences.
@@ -78,33 +79,32 @@ class Scale:
     sizes: tuple[Size, ...]
     rows: tuple[Row, ...]
     seeds: int
-    steps: int
     evaluations: int
     windows: int
     final_windows: int
     continued_steps: int
-    continued_rows: tuple[str, ...] = (BASELINE.name, BLOCK_8.name, FULL.name)
+    continued_rows: tuple[str, ...] = (BASELINE.name, BLOCK_8.name)
     device: str = "cpu"
     compiled: bool = False
 
 
 TINY = Scale(
-    name="tiny", sizes=(Size("tiny", layers=2, hidden=16, heads=4, length=32, batch=2, peak_lr=4e-3),),
+    name="tiny", sizes=(Size("tiny", layers=2, hidden=16, heads=4, length=32, batch=2, peak_lr=4e-3, steps=12),),
     rows=(BASELINE, STANDARD, block("block-2", "Block, N=2", 2), FULL, *ABLATIONS[:-1]),
-    seeds=2, steps=12, evaluations=3, windows=4, final_windows=8, continued_steps=6,
+    seeds=2, evaluations=3, windows=4, final_windows=8, continued_steps=6,
     continued_rows=(BASELINE.name, FULL.name),
 )  # fmt: skip
 CPU = Scale(
     name="cpu",
     sizes=(
-        Size("small", layers=8, hidden=48, heads=4, length=64, batch=4, peak_lr=4e-3),
-        Size("larger", layers=12, hidden=64, heads=4, length=64, batch=4, peak_lr=2e-3),
+        Size("small", layers=8, hidden=48, heads=4, length=64, batch=4, peak_lr=4e-3, steps=400),
+        Size("larger", layers=12, hidden=64, heads=4, length=64, batch=4, peak_lr=2e-3, steps=240),
     ),
-    rows=ROWS, seeds=3, steps=400, evaluations=8, windows=32, final_windows=256, continued_steps=200,
+    rows=ROWS, seeds=3, evaluations=8, windows=32, final_windows=256, continued_steps=120,
 )  # fmt: skip
 GPU = Scale(
-    name="gpu", sizes=(Size("100M", layers=14, hidden=768, heads=12, length=512, batch=32, peak_lr=1e-3),),
-    rows=(BASELINE, BLOCK_8, FULL), seeds=1, steps=1000, evaluations=8, windows=256, final_windows=1024,
+    name="gpu", sizes=(Size("100M", layers=14, hidden=768, heads=12, length=512, batch=32, peak_lr=1e-3, steps=1000),),
+    rows=(BASELINE, BLOCK_8, FULL), seeds=1, evaluations=8, windows=256, final_windows=1024,
     continued_steps=500, device="cuda", compiled=True,
 )  # fmt: skip
 SCALES = {scale.name: scale for scale in (TINY, CPU, GPU)}

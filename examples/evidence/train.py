@@ -43,13 +43,13 @@ def main(
     if unknown := set(wanted).difference(row.name for row in scale.rows):
         raise typer.BadParameter(f"there is no row {sorted(unknown)[0]}; there are {', '.join(r.name for r in scale.rows)}.")
     tasks = [
-        Task(scale, size, row, seed, lr or size.peak_lr, scale.steps)
+        Task(scale, size, row, seed, lr or size.peak_lr, size.steps)
         for size in scale.sizes
         for seed in range(seeds or scale.seeds)
         for row in scale.rows
         if row.name in wanted
     ]
-    print(f"Text: {corpus()}.\n{len(tasks)} runs of {scale.steps} steps.", flush=True)
+    print(f"Text: {corpus()}.\n{len(tasks)} runs.", flush=True)
     folder = work / scale.name
     finished = run_all(tasks, folder, workers, deadline)
     write(tasks, folder, out or RESULTS / scale.name, workers)

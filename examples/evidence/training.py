@@ -55,8 +55,9 @@ class Task:
     def identity(self) -> dict[str, Any]:
         """All that the outcome depends on: a saved run of another identity is not gone on with."""
         scale = self.scale
+        size = {name: value for name, value in dataclasses.asdict(self.size).items() if name not in ("peak_lr", "steps")}
         return {
-            "size": dataclasses.asdict(self.size), "row": self.row.name, "options": self.row.options, "seed": self.seed,
+            "size": size, "row": self.row.name, "options": self.row.options, "seed": self.seed,
             "peak_lr": self.peak_lr, "steps": self.steps, "start": self.start, "windows": [scale.windows, scale.final_windows],
             "evaluations": scale.evaluations, "device": scale.device, "compiled": scale.compiled, "text": corpus().fingerprint,
             "torch": torch.__version__,
