@@ -28,7 +28,7 @@ PARTS_OF_PEAK = (0.25, 1.0)  # of the learning rate that the baseline was traine
 
 def main(
     scale_name: Annotated[str, typer.Option("--scale", help=f"One of {', '.join(SCALES)}.")] = "cpu",
-    workers: Annotated[int, typer.Option(help="Processes, with one thread each.", min=1)] = 2,
+    workers: Annotated[int | None, typer.Option(help="Processes, with one thread each.", min=1)] = None,
     seeds: Annotated[int | None, typer.Option(help="How many seeds, from 0 on.", min=1)] = None,
     minutes: Annotated[float, typer.Option(help="Stop after so many; the same command goes on.")] = math.inf,
     work: Annotated[Path, typer.Option(help="Folder of checkpoints and single results.")] = WORK,
@@ -45,8 +45,8 @@ def main(
         raise SystemExit(f"{missing[0]} is not trained yet; run train.py --scale {scale_name} --rows {BASELINE.name} first.")
     tasks = continued(scale, baselines)
     print(f"Text: {corpus()}.\n{len(tasks)} runs of {scale.continued_steps} steps.", flush=True)
-    finished = run_all(tasks, folder, workers, deadline)
-    write(tasks, folder, out or RESULTS / f"{scale_name}-continued", workers)
+    finished = run_all(tasks, folder, workers or scale.workers, deadline)
+    write(tasks, folder, out or RESULTS / f"{scale_name}-continued", workers or scale.workers)
     if not finished:
         print("Not all runs are finished: the tables and figures are of those that are.")
 

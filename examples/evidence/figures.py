@@ -34,7 +34,7 @@ def draw_all(entries: Sequence[Entry], folder: Path) -> list[Path]:
     }
     if main := [entry for entry in last if _is_main(entry)]:
         figures["depth.png"] = mixing(main)
-    if others := [entry for entry in last if not _is_main(entry)]:
+    if others := [entry for entry in last if not _is_main(entry) and entry.row.config is not None]:
         figures["depth_ablations.png"] = mixing(others)
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=DPI)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from training import Training
 
 BATCHES = 4  # of validation text, over which gradients are averaged
+SEQUENCES = 4  # of it, whose tokens what is inspected is a mean over
 
 
 def measure(training: Training) -> dict[str, Any]:
@@ -34,9 +35,10 @@ def inspect_trained(training: Training) -> ChainInspection:
     """Inspect the trained weights in a model that wasn't rewritten ahead of time."""
     model = plain_model(training.task.size)
     if training.task.row.config is not None:
-        model.attnres = copy.deepcopy(training.model.attnres).cpu()  # what convert_ would attach, without capturing once more
-    model.load_state_dict({name: value.cpu() for name, value in training.model.state_dict().items()})
-    ids = training.validation[0][:, :-1]
+        model.attnres = copy.deepcopy(training.model.attnres)  # what convert_ would attach, without capturing once more
+    model.load_state_dict(training.model.state_dict())
+    device = training.task.scale.device
+    model, ids = model.to(device), training.validation[0][:SEQUENCES, :-1].to(device)
     (chain,) = inspect_model(model, kwargs={"input_ids": ids, "use_cache": False}).chains
     return chain
 

@@ -10,11 +10,15 @@ import attnres_compile as ac
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One residual connection. ``options`` are those of AttnResConfig, None for the model as it is."""
+    """One residual connection. ``options`` are those of AttnResConfig, None for the model as it is.
+
+    ``longer`` multiplies the steps, to show what the same processor time gives.
+    """
 
     name: str
     title: str
     options: dict[str, Any] | None
+    longer: int = 1
 
     @property
     def config(self) -> ac.AttnResConfig | None:
@@ -42,7 +46,8 @@ ABLATIONS = (
     full("mhc", "static streams (mHC-like)", weights="mhc"),
     block("block-8-paper", "Block, N=8, scale of the paper", 8, scale="paper"),
 )
-ROWS = (BASELINE, BLOCK_4, BLOCK_8, FULL, *ABLATIONS)
+TWICE = Row("baseline-twice", "standard residual, twice the steps", None, longer=2)
+ROWS = (BASELINE, BLOCK_4, BLOCK_8, FULL, *ABLATIONS, TWICE)
 # The plain sum through the same machinery: it must learn what the baseline learns, so it is a check and no row of the table.
 STANDARD = full("standard", "standard residual, rewritten", weights="standard")
 
@@ -51,7 +56,7 @@ STANDARD = full("standard", "standard residual, rewritten", weights="standard")
 class Size:
     """A decoder. ``length`` is that of a sequence and ``batch`` the number of sequences in a step.
 
-    Every row is trained for ``steps`` optimizer steps with the learning rate ``peak_lr``, which was chosen by the baseline alone.
+    Every row is trained for ``steps`` optimizer steps, one control for longer, with the learning rate ``peak_lr``, which was chosen by the baseline alone.
     """
 
     name: str
@@ -73,6 +78,7 @@ class Scale:
         final_windows: sequences of the last evaluation, which is the result.
         continued_steps: of a run that goes on from a trained baseline, with each of ``continued_rows``.
         compiled: whether models are compiled instead of run eagerly, under bfloat16 autocast.
+        workers: processes that train at the same time.
     """
 
     name: str
@@ -86,6 +92,7 @@ class Scale:
     continued_rows: tuple[str, ...] = (BASELINE.name, BLOCK_8.name)
     device: str = "cpu"
     compiled: bool = False
+    workers: int = 2
 
 
 TINY = Scale(
@@ -105,6 +112,6 @@ CPU = Scale(
 GPU = Scale(
     name="gpu", sizes=(Size("100M", layers=14, hidden=768, heads=12, length=512, batch=32, peak_lr=1e-3, steps=1000),),
     rows=(BASELINE, BLOCK_8, FULL), seeds=1, evaluations=8, windows=256, final_windows=1024,
-    continued_steps=500, device="cuda", compiled=True,
+    continued_steps=500, device="cuda", compiled=True, workers=1,
 )  # fmt: skip
 SCALES = {scale.name: scale for scale in (TINY, CPU, GPU)}

@@ -26,7 +26,7 @@ from workers import run_all
 
 def main(
     scale_name: Annotated[str, typer.Option("--scale", help=f"One of {', '.join(SCALES)}.")] = "cpu",
-    workers: Annotated[int, typer.Option(help="Processes, with one thread each.", min=1)] = 2,
+    workers: Annotated[int | None, typer.Option(help="Processes, with one thread each.", min=1)] = None,
     rows: Annotated[str, typer.Option(help="Names of rows, separated by commas; all without it.")] = "",
     seeds: Annotated[int | None, typer.Option(help="How many seeds, from 0 on.", min=1)] = None,
     lr: Annotated[float | None, typer.Option(help="Another peak learning rate, of all rows.")] = None,
@@ -43,7 +43,7 @@ def main(
     if unknown := set(wanted).difference(row.name for row in scale.rows):
         raise typer.BadParameter(f"there is no row {sorted(unknown)[0]}; there are {', '.join(r.name for r in scale.rows)}.")
     tasks = [
-        Task(scale, size, row, seed, lr or size.peak_lr, size.steps)
+        Task(scale, size, row, seed, lr or size.peak_lr, size.steps * row.longer)
         for size in scale.sizes
         for seed in range(seeds or scale.seeds)
         for row in scale.rows
@@ -51,8 +51,8 @@ def main(
     ]
     print(f"Text: {corpus()}.\n{len(tasks)} runs.", flush=True)
     folder = work / scale.name
-    finished = run_all(tasks, folder, workers, deadline)
-    write(tasks, folder, out or RESULTS / scale.name, workers)
+    finished = run_all(tasks, folder, workers or scale.workers, deadline)
+    write(tasks, folder, out or RESULTS / scale.name, workers or scale.workers)
     if not finished:
         print("Not all runs are finished: the tables and figures are of those that are.")
 
