@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ def folder(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "left behind: -9 tiny-full-0.checkpoint.pt tiny-full-0.lock\n" in done.stdout
     assert "from step 4)" in done.stdout  # of the killed run, and no other
     assert done.stdout.count("from step") == 1
+    assert re.search(r"^0 of \d{5} runs of lines are in both texts$", done.stdout, re.MULTILINE)
     return folder
 
 

@@ -56,7 +56,8 @@ STANDARD = full("standard", "standard residual, rewritten", weights="standard")
 class Size:
     """A decoder. ``length`` is that of a sequence and ``batch`` the number of sequences in a step.
 
-    Every row is trained for ``steps`` optimizer steps, one control for longer, with the learning rate ``peak_lr``, which was chosen by the baseline alone.
+    Every row is trained for ``steps`` optimizer steps, one control for longer, with the learning rate ``peak_lr``, which was
+    chosen by the baseline alone.
     """
 
     name: str

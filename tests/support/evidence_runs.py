@@ -14,6 +14,7 @@ from pathlib import Path
 
 def main(examples: str, folder: str, killed_at: str, names: str) -> None:
     sys.path.insert(0, examples)
+    import data
     import rows
     import torch
     import training
@@ -29,6 +30,10 @@ def main(examples: str, folder: str, killed_at: str, names: str) -> None:
             if self.done == int(killed_at):
                 os.kill(os.getpid(), signal.SIGKILL)
             super().step()
+
+    text = data.corpus().text
+    seen, held_out = (set(data.runs(data.lines_of(part.numpy().tobytes()))) for part in (text.train, text.validation))
+    print(f"{len(seen & held_out)} of {len(held_out)} runs of lines are in both texts")
 
     child = os.fork()
     if not child:
