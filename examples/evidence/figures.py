@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -86,7 +87,7 @@ def mixing(entries: Sequence[Entry]) -> Figure:
     """Depth mixing matrices, means over tokens and seeds. Norms hide the scale of what they read: rows have a mean of one."""
     columns = min(len(entries), 4)
     rows = -(-len(entries) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(5.2 * columns + 1, 5 * rows), layout="constrained", squeeze=False)
+    figure, grid = plt.subplots(rows, columns, figsize=(4.6 * columns + 1, 4.6 * rows), layout="constrained", squeeze=False)
     matrices = [_relative(torch.tensor(entry.mean_of("mixing"), dtype=torch.float64)) for entry in entries]
     finite = torch.cat([matrix[matrix.isfinite()] for matrix in matrices])
     low, high = min(0.0, float(finite.quantile(0.01))), max(2.0, float(finite.quantile(0.99)))
@@ -100,9 +101,9 @@ def mixing(entries: Sequence[Entry]) -> Figure:
         axes.set(title=entry.row.title, xlabel="output of sublayer", ylabel="reader")
     for axes in list(grid.flat)[len(entries) :]:
         axes.set_axis_off()
-    label = "coefficient over the mean of its row: 1 is the standard residual"
-    figure.colorbar(image, ax=grid, extend="both", label=label)
-    figure.suptitle(f"{entries[0].group}: depth mixing matrices, means over tokens and {len(entries[0].results)} seeds")
+    figure.colorbar(image, ax=grid, extend="both", label="coefficient over its row's mean")
+    about = f"means over tokens and {len(entries[0].results)} seeds, white is the standard residual"
+    figure.suptitle(f"{entries[0].group}: depth mixing matrices, {about}")
     thin_out(figure)
     return figure
 
@@ -135,12 +136,16 @@ def _relative(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _steps(entry: Entry) -> list[int]:
-    return [step for step, _ in next(iter(entry.results.values()))["evaluated"]][1:]
+    return [step for step, _ in _shown(next(iter(entry.results.values())))]
 
 
-def _curve(result: dict) -> list[float]:
-    """Validation losses without the first, of random weights, beside which all others look alike."""
-    return [loss for _, loss in result["evaluated"]][1:]
+def _curve(result: dict[str, Any]) -> list[float]:
+    return [loss for _, loss in _shown(result)]
+
+
+def _shown(result: dict[str, Any]) -> list[tuple[int, float]]:
+    """Validation losses; without the first if that is of random weights, beside which all others look alike."""
+    return result["evaluated"][0 if result["identity"]["start"] else 1 :]
 
 
 def _minus(left: list[float], right: list[float]) -> list[float]:
