@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from files import result_path
-from rows import BASELINE, Row
+from rows import BASELINE, BASELINE_TWICE, Row
 from training import Task
 
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom.
@@ -23,7 +23,8 @@ class Entry:
     """A row of a table: one residual connection with the results of its seeds.
 
     ``group`` is the title of the table: what all its rows have in common, a size or a size and a learning rate.
-    ``differences`` are final losses minus the baseline's of the same seed, empty for the baseline itself.
+    ``differences`` are final losses minus the baseline's of the same seed, of as many steps if there is one, and empty for the
+    baseline itself.
     """
 
     group: str
@@ -85,7 +86,8 @@ def entries(tasks: Sequence[Task], folder: Path) -> list[Entry]:
             results[task.seed] = json.loads(path.read_text())
     made = []
     for (group, name), (row, results) in found.items():
-        baseline = found.get((group, BASELINE.name), (row, {}))[1]
+        reference = BASELINE_TWICE if row.longer == 2 and row.options is not None else BASELINE
+        baseline = found.get((group, reference.name), (row, {}))[1]
         both = [seed for seed in results if seed in baseline and name != BASELINE.name]
         differences = tuple(results[seed]["final"] - baseline[seed]["final"] for seed in both)
         ratios = [results[seed]["step_cpu_seconds"] / baseline[seed]["step_cpu_seconds"] for seed in both]
