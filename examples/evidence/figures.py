@@ -15,15 +15,16 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from rows import BASELINE, BLOCK_4, BLOCK_8, FULL
 from tables import Entry
 
 from attnres_compile.inspection.tick_labels import thin_out
 
-# Hues that differ for every kind of colour vision, in this order.
-COLOURS = ("#555555", "#0072b2", "#009e73", "#c2410c", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-MAIN = (BASELINE.name, BLOCK_4.name, BLOCK_8.name, FULL.name)
+# Hues that differ for every kind of colour vision.
+GREY, BLUE, GREEN, RED = "#555555", "#0072b2", "#009e73", "#c2410c"
+MAIN = {BASELINE.name: GREY, BLOCK_4.name: BLUE, BLOCK_8.name: GREEN, FULL.name: RED}
 DPI = 100
 
 
@@ -59,14 +60,15 @@ def losses(entries: Sequence[Entry], groups: Sequence[str]) -> Figure:
         chosen = [entry for entry in entries if entry.group == group]
         baseline = next((entry for entry in chosen if entry.row.name == BASELINE.name), None)
         main = [entry for entry in chosen if _is_main(entry)]
-        for colour, entry in zip(COLOURS, main, strict=False):
+        for entry in main:
+            colour = MAIN[entry.row.name]
             _band(curves, _steps(entry), [_curve(r) for r in entry.results.values()], colour, entry.row.title)
             if baseline is not None and entry is not baseline:
                 seeds = [seed for seed in entry.results if seed in baseline.results]
                 values = [_minus(_curve(entry.results[seed]), _curve(baseline.results[seed])) for seed in seeds]
                 _band(distances, _steps(entry), values, colour, entry.row.title)
         curves.set(title=f"{group}\nvalidation loss", xlabel="step", ylabel="nats per byte")
-        distances.axhline(0, color=COLOURS[0], linewidth=1)
+        distances.axhline(0, color=GREY, linewidth=1)
         distances.set(title=f"{group}\nminus baseline of the same seed", xlabel="step", ylabel="nats per byte")
         curves.legend(frameon=False)
         _ends(ends, [entry for entry in chosen if entry.differences], group)
@@ -78,7 +80,8 @@ def dynamics(entries: Sequence[Entry], groups: Sequence[str]) -> Figure:
     """Magnitudes of what sublayers add, and gradient norms of their weights, over depth; bands are the range of the seeds."""
     figure, grid = plt.subplots(len(groups), 2, figsize=(14, 5 * len(groups)), layout="constrained", squeeze=False)
     for (magnitudes, gradients), group in zip(grid, groups, strict=True):
-        for colour, entry in zip(COLOURS, [e for e in entries if e.group == group and _is_main(e)], strict=False):
+        for entry in (entry for entry in entries if entry.group == group and _is_main(entry)):
+            colour = MAIN[entry.row.name]
             results = list(entry.results.values())
             depth = range(1, len(results[0]["sublayers"]) + 1)
             _band(magnitudes, depth, [r["added"][1:] for r in results], colour, entry.row.title)
@@ -120,11 +123,12 @@ def mixing(entries: Sequence[Entry]) -> Figure:
 def _ends(axes: Axes, entries: Sequence[Entry], group: str) -> None:
     for place, entry in enumerate(entries):
         mean = sum(entry.differences) / len(entry.differences)
-        axes.errorbar([mean], [place], xerr=None if entry.half_width is None else [entry.half_width], fmt="s", color=COLOURS[1])
-        axes.plot(entry.differences, [place] * len(entry.differences), "o", color=COLOURS[3], markersize=4, alpha=0.8)
-    axes.axvline(0, color=COLOURS[0], linewidth=1)
+        axes.errorbar([mean], [place], xerr=None if entry.half_width is None else [entry.half_width], fmt="s", color=BLUE)
+        axes.plot(entry.differences, [place] * len(entry.differences), "o", color=RED, markersize=4, alpha=0.8)
+    axes.axvline(0, color=GREY, linewidth=1)
     axes.set_yticks(range(len(entries)), [entry.row.title for entry in entries])
     axes.invert_yaxis()
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set(
         title=f"{group}\nat the end, minus baseline of the same seed", xlabel="nats per byte; 95 % interval and single seeds"
     )

@@ -48,7 +48,9 @@ ABLATIONS = (
     block("block-8-paper", "Block, N=8, scale of the paper", 8, scale="paper"),
 )
 BASELINE_TWICE = Row("baseline-twice", "standard residual, twice the steps", None, longer=2)
-BLOCK_8_TWICE = dataclasses.replace(BLOCK_8, name="block-8-twice", title="Block, N=8, and the baseline, twice the steps", longer=2)
+BLOCK_8_TWICE = dataclasses.replace(
+    BLOCK_8, name="block-8-twice", title="Block, N=8, and the baseline, twice the steps", longer=2
+)
 ROWS = (BASELINE, BLOCK_4, BLOCK_8, FULL, *ABLATIONS, BASELINE_TWICE, BLOCK_8_TWICE)
 # The plain sum through the same machinery: it must learn what the baseline learns, so it is a check and no row of the table.
 STANDARD = full("standard", "standard residual, rewritten", weights="standard")
