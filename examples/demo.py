@@ -24,12 +24,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import typer
-from demo_data import VOCABULARY, Text, standard_library
+from demo_data import Text, standard_library
 from demo_plots import draw
 from demo_training import AT_LEAST, Run, console, train, working
 from rich.table import Table
+from small_llama import small_llama
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import attnres_compile as ac
 from attnres_compile.inspection.measure import inspect_model
@@ -79,7 +79,7 @@ def main(
     text = standard_library()
     validation = text.validation_batches(setting.validation_batches, setting.batch, setting.length)
     batches = stream(text, setting, seed)
-    model = small_llama(setting)
+    model = small_llama(setting.layers, setting.hidden, setting.length)
     console.print(
         f"Text: the standard library, {len(text.train) / 1e6:.1f} MB in {text.train_files} files for training, "
         f"{len(text.validation) / 1e6:.1f} MB in {text.validation_files} others for validation."
@@ -123,19 +123,6 @@ def main(
     tell_depth(depth)
     tell_results(runs)
     console.print(f"Picture: {out}. All of this took {time.perf_counter() - started:.0f} s.")
-
-
-def small_llama(setting: Setting) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=setting.hidden,
-            intermediate_size=setting.hidden * 5 // 2,
-            num_hidden_layers=setting.layers,
-            num_attention_heads=4,
-            max_position_embeddings=setting.length,
-        )
-    )
 
 
 def stream(text: Text, setting: Setting, seed: int) -> Iterator[Tensor]:

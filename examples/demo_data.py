@@ -46,18 +46,25 @@ class Text:
 
 def standard_library() -> Text:
     """Read the standard library of the Python that runs this, split by file in sorted order."""
+    training, held_out = split_files()
+    return Text(joined(training), joined(held_out), len(training), len(held_out))
+
+
+def split_files() -> tuple[list[bytes], list[bytes]]:
+    """What is in the files for training, and in those for validation."""
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(path for path in root.rglob("*.py") if _is_wanted(path, root))
     held_out = files[::HELD_OUT]
     training = [path for index, path in enumerate(files) if index % HELD_OUT]
-    return Text(_read(training), _read(held_out), len(training), len(held_out))
+    return [path.read_bytes() for path in training], [path.read_bytes() for path in held_out]
+
+
+def joined(files: list[bytes]) -> Tensor:
+    """One text of all files, ``[bytes]``, uint8."""
+    return torch.frombuffer(bytearray(b"\n".join(files)), dtype=torch.uint8)
 
 
 def _is_wanted(path: Path, root: Path) -> bool:
     relative = path.relative_to(root)
     generated = path.name.startswith("_sysconfigdata")
     return not SKIPPED.intersection(relative.parts) and not generated and 0 < path.stat().st_size <= LARGEST_FILE
-
-
-def _read(files: list[Path]) -> Tensor:
-    return torch.frombuffer(bytearray(b"\n".join(path.read_bytes() for path in files)), dtype=torch.uint8)

@@ -29,16 +29,24 @@ TIMED = 5  # passes that tell how fast this machine is
 console = Console()
 
 
+def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
+    """AdamW that decays the matrices of the model alone, neither norms nor biases, nor what AttnRes adds.
+
+    Decay would pull queries back to zero, which is the uniform average.
+    """
+    groups: dict[float, list[Tensor]] = {0.1: [], 0.0: []}
+    for name, parameter in model.named_parameters():
+        groups[0.1 if parameter.ndim > 1 and not name.startswith("attnres.") else 0.0].append(parameter)
+    in_groups = [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
+    return torch.optim.AdamW(in_groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+
 class Run:
     """A model in training: its compiled form, its optimizer, and what was measured."""
 
     def __init__(self, name: str, model: nn.Module, compiled: Callable[..., Any], compile_seconds: float = 0.0) -> None:
         self.name, self.model, self.compiled = name, model, compiled
-        # Queries and norm weights are the one-dimensional parameters. Decay would pull queries to the uniform average.
-        decayed = [p for p in model.parameters() if p.ndim > 1]
-        kept = [p for p in model.parameters() if p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95), fused=True)
+        self.optimizer = adamw(model, PEAK_LR)
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self.validation: list[tuple[int, float]] = []
