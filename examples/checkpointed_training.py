@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo_data import VOCABULARY, Text, standard_library
+from demo_data import Text, standard_library
+from small_llama import small_llama
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import attnres_compile as ac
 
@@ -61,11 +61,7 @@ def train(run: Run, optimizer: torch.optim.Optimizer, data: Iterator[tuple[Tenso
 def main(backend: str | Run = "attnres") -> tuple[list[float], list[float]]:
     """The losses of the steps after saving: with everything loaded anew, and without."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=LENGTH,
-    )  # fmt: skip
-    model, text = LlamaForCausalLM(config), standard_library()
+    model, text = small_llama(layers=3, hidden=64, length=LENGTH), standard_library()
     print(ac.convert_(model, ac.AttnResConfig(num_blocks=2), args=(next(batches(text, 0))[0],), kwargs={"use_cache": False}))
     model, run, optimizer = prepared(model, backend)
     print("trained:    ", *(f"{loss:.4f}" for loss in train(run, optimizer, batches(text, 1))))

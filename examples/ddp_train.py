@@ -21,10 +21,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import typer
-from demo_data import VOCABULARY, standard_library
+from demo_data import standard_library
+from small_llama import small_llama
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import attnres_compile as ac
 
@@ -64,11 +65,7 @@ def main(
 def converted_llama(seed: int) -> LlamaForCausalLM:
     """The same weights on every rank."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=HIDDEN * 5 // 2, num_hidden_layers=LAYERS,
-        num_attention_heads=4, max_position_embeddings=LENGTH, use_cache=False,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model = small_llama(LAYERS, HIDDEN, LENGTH, use_cache=False)
     ac.convert_(model, ac.AttnResConfig(num_blocks=2), args=(torch.zeros(ROWS, LENGTH, dtype=torch.long),))
     return model
 

@@ -21,12 +21,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import typer
-from demo_data import VOCABULARY, standard_library
+from demo_data import standard_library
 from rich.console import Console
 from rich.table import Table
+from small_llama import small_llama
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import attnres_compile as ac
 
@@ -58,9 +58,7 @@ def main(
 def converted() -> nn.Module:
     """The same on every rank."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": 5 * HIDDEN // 2, "num_hidden_layers": LAYERS}
-    config = LlamaConfig(vocab_size=VOCABULARY, num_attention_heads=4, max_position_embeddings=LENGTH, use_cache=False, **sizes)
-    model = LlamaForCausalLM(config)
+    model = small_llama(LAYERS, HIDDEN, LENGTH, use_cache=False)
     ac.convert_(model, ac.AttnResConfig(num_blocks=BLOCKS), (torch.zeros(ROWS, LENGTH, dtype=torch.long),))
     return model
 

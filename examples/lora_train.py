@@ -16,9 +16,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import typer
-from demo_data import VOCABULARY, standard_library
+from demo_data import standard_library
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from small_llama import small_llama
+from transformers import LlamaForCausalLM
 
 import attnres_compile as ac
 
@@ -59,11 +60,7 @@ def main(
 def converted_llama() -> LlamaForCausalLM:
     """The base model: the same weights at every call. With real ones, ``ac.from_pretrained(converted directory)``."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=HIDDEN * 5 // 2, num_hidden_layers=LAYERS,
-        num_attention_heads=4, max_position_embeddings=LENGTH, use_cache=False,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model = small_llama(LAYERS, HIDDEN, LENGTH, use_cache=False)
     ac.convert_(model, ac.AttnResConfig(num_blocks=2), args=(torch.zeros(ROWS, LENGTH, dtype=torch.long),))
     return model
 

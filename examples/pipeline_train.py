@@ -26,11 +26,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import typer
-from demo_data import VOCABULARY, standard_library
+from demo_data import standard_library
 from pipeline_report import Outcome, SentBytes, progress, report
+from small_llama import small_llama
 from torch import Tensor
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import attnres_compile as ac
 from attnres_compile.pipelining.orders import placement_of
@@ -96,7 +97,7 @@ def main(
 
 def plan_of(setting: Setting, ranks: int) -> ac.PipelinePlan:
     return ac.partition(
-        small_llama(setting.seed),
+        model_of(setting.seed),
         ranks,
         setting.virtual,
         args=(torch.zeros(ROWS, LENGTH, dtype=torch.long),),
@@ -130,7 +131,7 @@ def train_pipeline(plan: ac.PipelinePlan, setting: Setting, rank: int) -> Outcom
 
 def train_alone(setting: Setting) -> Outcome:
     """Train the whole model in this process, on whole batches."""
-    model = small_llama(setting.seed)
+    model = model_of(setting.seed)
     rows = ROWS * setting.microbatches
     example = torch.zeros(rows, LENGTH, dtype=torch.long)
     rewritten = ac.rewrite(model, setting.config, args=(example,), kwargs={"use_cache": False})
@@ -145,14 +146,10 @@ def train_alone(setting: Setting) -> Outcome:
     return outcome
 
 
-def small_llama(seed: int) -> LlamaForCausalLM:
+def model_of(seed: int) -> LlamaForCausalLM:
     """The same weights on every rank. The embedding is not tied to the last layer, which is on another rank."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=HIDDEN * 5 // 2, num_hidden_layers=LAYERS,
-        num_attention_heads=4, max_position_embeddings=LENGTH, tie_word_embeddings=False,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    return small_llama(LAYERS, HIDDEN, LENGTH, tie_word_embeddings=False)
 
 
 def batches(setting: Setting) -> Iterator[Tensor]:

@@ -17,18 +17,20 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
+from demo_data import VOCABULARY
 from rich.console import Console
 from rich.table import Table
+from small_llama import small_llama
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import attnres_compile as ac
 
-LAYERS, HIDDEN, HEADS, VOCABULARY = 8, 128, 4, 256
+LAYERS, HIDDEN, HEADS = 8, 128, 4
 COLUMN_WISE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 ROW_WISE = ("self_attn.o_proj", "mlp.down_proj")
 
@@ -51,9 +53,9 @@ def main(
 
 def compare(length: int, config: ac.AttnResConfig) -> None:
     prompt = torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0))
-    rows = [("one process", *run(small_llama(), prompt, config))]
+    rows = [("one process", *run(model_of(), prompt, config))]
     for name, shard_sequence in (("whole on every rank", False), ("split along the sequence", True)):
-        model = parallelize_module(small_llama(), init_device_mesh("cpu", (dist.get_world_size(),)), plan())
+        model = parallelize_module(model_of(), init_device_mesh("cpu", (dist.get_world_size(),)), plan())
         rows.append((name, *run(model, prompt, config, shard_sequence)))
     if dist.get_rank() == 0:
         report(rows)
@@ -92,14 +94,10 @@ def plan() -> dict[str, Any]:
     }
 
 
-def small_llama() -> LlamaForCausalLM:
+def model_of() -> LlamaForCausalLM:
     """The same weights on every rank."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=HIDDEN * 5 // 2, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, max_position_embeddings=4096, tie_word_embeddings=False,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return small_llama(LAYERS, HIDDEN, 4096, HEADS, tie_word_embeddings=False).eval()
 
 
 def report(rows: list[tuple[str, Tensor, int, str]]) -> None:

@@ -16,10 +16,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import typer
-from demo_data import VOCABULARY, standard_library
+from demo_data import standard_library
+from small_llama import small_llama
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import attnres_compile as ac
 
@@ -64,11 +65,7 @@ def main(
 
 def compiled_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=HIDDEN * 5 // 2, num_hidden_layers=LAYERS,
-        num_attention_heads=4, max_position_embeddings=LENGTH, use_cache=False,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model = small_llama(LAYERS, HIDDEN, LENGTH, use_cache=False)
     ac.convert_(model, ac.AttnResConfig(num_blocks=2), args=(torch.zeros(ROWS, LENGTH, dtype=torch.long),))
     model.compile(backend="attnres")  # what save_pretrained and generate belong to stays the model itself
     return model
