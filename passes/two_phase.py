@@ -209,8 +209,9 @@ def _per_token(value: torch.Tensor) -> torch.Tensor:
 
 def _recompute_with_the_last_reader(inter: Node, sites: list[_Site]) -> None:
     """Phase 1 serves several checkpoint regions. As part of the last of them it is recomputed once, when the first site of the
-    backward pass needs it; as part of an earlier one the partitioner would keep its outputs for the later ones.
+    backward pass needs it; as part of an earlier one the partitioner would keep its outputs for the later ones. The final norm
+    is in no region, and does not keep a phase 1 that it shares with the last layers.
     """
-    regions = [site.call.meta.get("ac_graph_id") for site in sites]
-    inside = all(region is not None for region in regions)
-    recompute_with(inter, max(sites, key=lambda site: site.call.meta["ac_graph_id"]).call if inside else None)
+    inside = [site.call for site in sites if "ac_graph_id" in site.call.meta]
+    others = sites if sites[-1].call in inside else sites[:-1]
+    recompute_with(inter, max(inside, key=lambda call: call.meta["ac_graph_id"]) if len(inside) == len(others) else None)
