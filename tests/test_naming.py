@@ -25,26 +25,26 @@ def llama() -> tuple[SiteLayout, ...]:
 
 def test_our_own_names(llama: tuple[SiteLayout, ...]) -> None:
     names = site_names(llama, FULL, "attnres")
-    assert [site.query for site in names] == [f"attnres.sites.{i}.query" for i in range(4)]
-    assert [site.key_norm for site in names] == [f"attnres.sites.{i}.key_norm" for i in range(4)]
+    assert [site.tensors["query"] for site in names] == [f"attnres.sites.{i}.query" for i in range(4)]
+    assert [site.tensors["key_norm"] for site in names] == [f"attnres.sites.{i}.key_norm" for i in range(4)]
     assert unused_names(llama, FULL, "attnres") == []
 
 
 def test_our_own_names_below_a_module_and_without_key_norms(llama: tuple[SiteLayout, ...]) -> None:
     names = site_names(llama, ac.AttnResConfig(variant="full", key_norm=False), "attnres", "model.")
-    assert [site.query for site in names] == [f"model.attnres.sites.{i}.query" for i in range(4)]
-    assert {site.key_norm for site in names} == {None}
+    assert [site.tensors["query"] for site in names] == [f"model.attnres.sites.{i}.query" for i in range(4)]
+    assert all("key_norm" not in site.tensors for site in names)
 
 
 def test_the_names_of_kimi_k3(llama: tuple[SiteLayout, ...]) -> None:
-    assert [site.query for site in unused_names(llama, FULL, "kimi-k3") + site_names(llama, FULL, "kimi-k3")] == [
+    assert [site.tensors["query"] for site in unused_names(llama, FULL, "kimi-k3") + site_names(llama, FULL, "kimi-k3")] == [
         "model.layers.0.self_attention_res_proj.weight",
         "model.layers.0.mlp_res_proj.weight",
         "model.layers.1.self_attention_res_proj.weight",
         "model.layers.1.mlp_res_proj.weight",
         "model.output_attn_res_proj.weight",
     ]
-    assert [site.key_norm for site in site_names(llama, FULL, "kimi-k3")] == [
+    assert [site.tensors["key_norm"] for site in site_names(llama, FULL, "kimi-k3")] == [
         "model.layers.0.mlp_res_norm.weight",
         "model.layers.1.self_attention_res_norm.weight",
         "model.layers.1.mlp_res_norm.weight",
@@ -53,7 +53,7 @@ def test_the_names_of_kimi_k3(llama: tuple[SiteLayout, ...]) -> None:
 
 
 def test_the_names_of_flash_linear_attention(llama: tuple[SiteLayout, ...]) -> None:
-    assert [site.query for site in unused_names(llama, FULL, "fla") + site_names(llama, FULL, "fla")] == [
+    assert [site.tensors["query"] for site in unused_names(llama, FULL, "fla") + site_names(llama, FULL, "fla")] == [
         "model.layers.0.attn_res_proj.weight",
         "model.layers.0.mlp_res_proj.weight",
         "model.layers.1.attn_res_proj.weight",
@@ -65,7 +65,7 @@ def test_the_names_of_flash_linear_attention(llama: tuple[SiteLayout, ...]) -> N
 
 def test_layers_may_be_called_otherwise_and_hold_more_than_a_norm_deep() -> None:
     sites = layout(transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_head=2, n_layer=2, vocab_size=40)))
-    assert [site.query for site in site_names(sites, FULL, "fla")][1:] == [
+    assert [site.tensors["query"] for site in site_names(sites, FULL, "fla")][1:] == [
         "transformer.h.1.attn_res_proj.weight",
         "transformer.h.1.mlp_res_proj.weight",
         "transformer.res_proj.weight",

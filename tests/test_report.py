@@ -14,8 +14,8 @@ from attnres_compile import AttnResConfig, Refusal, Report
 from attnres_compile.report import ChainReport, PassReport, SiteNote, SiteReport
 
 
-def site(index: int, module: str, before: int, num_sources: int | None = None) -> SiteReport:
-    return SiteReport(index, module, (module,), f"model.py:{10 + index}: x = x + f(norm(x))", 16, before, 1e-6, num_sources)
+def site(index: int, module: str, before: int, num_sources: int | None = None, width: int = 16) -> SiteReport:
+    return SiteReport(index, module, (module,), f"model.py:{10 + index}: x = x + f(norm(x))", width, before, 1e-6, num_sources)
 
 
 CHAIN = ChainReport(
@@ -116,7 +116,7 @@ def test_text_of_blocks(sizes: tuple[int, ...], expected: str) -> None:
 
 
 def test_sites_of_several_chains_name_their_chain() -> None:
-    second = ChainReport("parallel", 2, 8, (site(3, "vision.norm", 2, 3),), (1, 1))
+    second = ChainReport("parallel", 2, 8, (site(3, "vision.norm", 2, 3, width=8),), (1, 1))
     report = Report((CHAIN, second), config=AttnResConfig(num_blocks=2))
     cells = rows(str(report))
     assert ["1", "parallel", "2", "1", "2 x 1", "8", "16"] in cells
