@@ -25,7 +25,7 @@ from attnres_compile.patterns.operations import (
     source_line_of,
     value_of,
 )  # fmt: skip
-from attnres_compile.patterns.sums import spell_sums_as_adds
+from attnres_compile.patterns.sums import spell_doubles_as_products, spell_sums_as_adds
 from attnres_compile.report import Refusal
 
 IN_PLACE_SPELLING = "attnres_in_place"
@@ -47,6 +47,7 @@ class Normalize:
         changes += lead_with_operands(graph_module.graph)
         changes += spell_sums_as_adds(graph_module.graph)
         replaced, refusals = make_adds_functional(graph_module.graph)
+        replaced += spell_doubles_as_products(graph_module.graph)
         operations = tuple(operation_key(node) for node in graph_module.graph.nodes if is_call(node))
         refusals = [*program.refusals, *refusals]
         return dataclasses.replace(program, refusals=tuple(refusals), operations=operations), changes + replaced

@@ -24,6 +24,12 @@ def spell_sums_as_adds(graph: Graph) -> int:
     return changes
 
 
+def spell_doubles_as_products(graph: Graph) -> int:
+    """Replace every ``x + x`` of ``graph``, also those that in-place arithmetic had hidden; returns their number."""
+    adds = [node for node in graph.nodes if is_call(node) and name_of(node) == "add" and is_float_tensor(node)]
+    return sum(_add(graph, node) for node in adds if "out" not in node.kwargs)
+
+
 def _addcmul(graph: Graph, node: Node) -> bool:
     """``addcmul(x, a, b, value=v)`` is ``x + v * a * b``, in place if it was."""
     if len(node.args) != 3 or not all(map(is_float_tensor, node.args)):
@@ -99,7 +105,7 @@ def _where(graph: Graph, node: Node) -> bool:
 def _index_add(graph: Graph, node: Node) -> bool:
     """``index_add(x, d, i, f)`` and ``scatter_add(x, d, i, f)`` are ``x`` plus the same of zeros."""
     x = node.args[0]
-    if not (isinstance(x, Node) and is_call(x) and is_float_tensor(x)) or len(node.args) != 4 or _begins_at_zero(x):
+    if not (isinstance(x, Node) and is_float_tensor(x)) or len(node.args) != 4 or _begins_at_zero(x):
         return False
     zeros = _insert(graph, node, torch.zeros_like, (x,))
     function = torch.index_add if name_of(node) == "index_add" else torch.scatter_add

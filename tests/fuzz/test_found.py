@@ -261,3 +261,31 @@ def test_a_table_added_at_the_end() -> None:
     model = Positioned(_conditioned)
     model.positions = nn.Parameter(torch.randn(5, WIDTH, dtype=torch.float64))
     assert chains_of(model) == [("prenorm", LAYERS, LAYERS)]
+
+
+def _doubled_in_place(model: Stack, i: int, x: Tensor, side: Tensor, aux: list[Tensor]) -> Tensor:
+    earlier = x
+    x -= model.branch(i, x)
+    return x + earlier if i == 1 else x
+
+
+def test_what_is_added_to_itself_under_two_names() -> None:
+    """Refused as a single residual add: after ``x -= f`` the sum of x and what x was called before is 2 x, seen too late."""
+    model = Stack(_doubled_in_place)
+    assert chains_of(model) == [("prenorm", LAYERS, LAYERS)]
+    assert is_refused_or_preserved(model)
+
+
+def test_a_stream_that_begins_with_index_add_to_an_input() -> None:
+    """One sublayer and its site were missing: the first add was looked for behind a computation alone."""
+
+    class Tokenwise(Stack):
+        def forward(self, patches: Tensor, side: Tensor) -> tuple[Tensor, ...]:
+            x = side
+            for i in range(LAYERS):
+                x = x.index_add(1, torch.arange(x.shape[1]), self.branch(i, x))
+            return (self.final(x),)
+
+    model = Tokenwise(_conditioned)
+    assert chains_of(model) == [("prenorm", LAYERS, LAYERS)]
+    assert is_refused_or_preserved(model)
