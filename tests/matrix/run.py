@@ -28,7 +28,7 @@ CORE = (
     "tests/test_exported.py", "tests/test_faults_graphs.py", "tests/test_pipeline_torch.py", "tests/passes", "tests/patterns",
     "tests/kernels/test_phases.py", "tests/fuzz/test_found.py",
 )  # fmt: skip
-_NOT_NEEDED = ("torch", "triton", "mypy", "ruff")  # torch brings its own triton
+_NOT_NEEDED = ("torch", "triton", "setuptools", "mypy", "ruff")  # torch brings its own triton, and bounds setuptools
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +62,8 @@ def environment(python: str, torch: str) -> Path:
     install = [interpreter, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     for command in (
         [found, "-m", "venv", place],
-        [*install, f"torch=={torch}"],
-        [*install, *needed],
+        [*install, f"torch=={torch}", "setuptools>=77.0.3"],
+        [*install, f"torch=={torch}", *needed],
         [*install, "--no-deps", "--no-build-isolation", "-e", ROOT],
     ):
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
