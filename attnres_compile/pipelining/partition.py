@@ -7,23 +7,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from attnres_compile.config import AttnResConfig
 from attnres_compile.convert import checked_call, rewrite
 from attnres_compile.errors import ConfigError, PartitionError
-from attnres_compile.passes.base import site_number
-from attnres_compile.passes.cuts import Cuts, boundary_nodes, cut
+from attnres_compile.passes.cuts import Cuts, cut
 from attnres_compile.passes.partition import stage_graphs
-from attnres_compile.patterns.operations import value_of
 from attnres_compile.patterns.placements import is_distributed
 from attnres_compile.pipelining.boundaries import boundaries_of, choose, costs_of
+from attnres_compile.pipelining.crossing import cut_values
 from attnres_compile.pipelining.plan import PipelinePlan
 from attnres_compile.pipelining.stages import stage_modules
-from attnres_compile.plan import plan_site
-from attnres_compile.report import block_size_of
 from attnres_compile.rewritten import RewrittenModule
-from attnres_compile.transport import CutValue, folded, looped, plan_transport
+from attnres_compile.transport import folded, looped, plan_transport
 
 PLACEMENTS = ("looped", "folded")
 _MOST_STAGES = 2**16  # that are counted out before the model is looked at
@@ -185,38 +182,3 @@ def _check_parameters(rewritten: RewrittenModule, cuts: Cuts, placement: tuple[i
             )
         notes.append(f"{name} is read in stages {', '.join(map(str, stages))}")
     return tuple(notes)
-
-
-def cut_values(rewritten: RewrittenModule, cuts: Cuts) -> tuple[CutValue, ...]:
-    """What crosses from stage to stage, with the names that sites give to it."""
-    labels = _source_labels(rewritten)
-    values = []
-    for node, consumers in cuts.crossing.items():
-        example = value_of(node)
-        kind, label = labels.get(node, ("other", node.name))
-        if kind == "partial":
-            label = f"{label}{cuts.stage[node]}"
-        nbytes = example.numel() * example.element_size()
-        dtype = str(example.dtype).removeprefix("torch.")
-        shape, differentiable = tuple(example.shape), node in cuts.differentiable
-        made = (node.name, label, kind, cuts.stage[node], consumers, shape, dtype, nbytes, differentiable)
-        values.append(CutValue(*made))
-    return tuple(values)
-
-
-def _source_labels(rewritten: RewrittenModule) -> dict[Node, tuple[str, str]]:
-    """The kind and the name of what sites attend over: b0, b1, ... and p; with the chain's number where there are several."""
-    sites = {site_number(node): node for node in boundary_nodes(rewritten.graph)}
-    labels: dict[Node, tuple[str, str]] = {}
-    number = 0
-    for i, chain in enumerate(rewritten.report.chains):
-        prefix = f"chain{i}." if len(rewritten.report.chains) > 1 else ""
-        for site in chain.sites:
-            plan = plan_site(site.before, block_size_of(rewritten.report, chain), chain.num_sublayers)
-            sources = sites[number].args[0]
-            assert isinstance(sources, (list, tuple))
-            for k, source in enumerate(sources):
-                partial = k == 1 + plan.complete
-                labels.setdefault(source, ("partial", f"{prefix}p") if partial else ("block", f"{prefix}b{k}"))
-            number += 1
-    return labels

@@ -16,7 +16,7 @@ from attnres_compile.passes.partition import stage_graphs
 from attnres_compile.passes.regions import TAGS
 from attnres_compile.patterns.operations import value_of
 from attnres_compile.pipelining.boundaries import boundaries_of
-from attnres_compile.pipelining.partition import cut_values
+from attnres_compile.pipelining.crossing import cut_values
 from attnres_compile.pipelining.stages import module_tree, stage_modules
 from attnres_compile.rewritten import RewrittenModule
 from attnres_compile.split import SplitModule

@@ -10,7 +10,7 @@ from networks import Network, Options
 from strategies import networks, options
 
 
-@hypothesis.settings(max_examples=150, suppress_health_check=list(HealthCheck), report_multiple_bugs=False)
+@hypothesis.settings(max_examples=300, suppress_health_check=list(HealthCheck), report_multiple_bugs=False)
 @hypothesis.given(networks(), options, strategies.integers(0, 4))
 def test_random_networks(network: Network, drawn: Options, thorough: int) -> None:
     """A failure shrinks to a small network, whose source can be pasted into a file."""
