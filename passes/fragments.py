@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 
+import networkx
 from torch.fx import Node
 
 from attnres_compile.passes.breaks import MIXES, Break, describe_mixing
 from attnres_compile.passes.candidates import Candidate
 from attnres_compile.passes.graph_index import GraphIndex
 from attnres_compile.patterns.mutation import written_tensors
-from attnres_compile.patterns.operations import module_of, name_of, same_shape, shape_of
+from attnres_compile.patterns.operations import module_of, name_of, reads_only_metadata, same_shape, shape_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,22 +29,38 @@ def find_fragments(index: GraphIndex, candidates: list[Candidate]) -> dict[int, 
     carried = {value for candidate in candidates for value in candidate.trunk.values[1:]}
     with_sites = [c for c in candidates if c.num_sites and index.peel(c.trunk.root)[0] not in carried]
     joined = _joined_by_skips(index, with_sites)
-    members = {id(c): sum(index.bit(add.node) for add in c.trunk.adds) for c in with_sites}
+    earlier = _earlier_parts(index, with_sites)
     found = {}
     for one in with_sites:
-        before, after = [], []
-        for other in with_sites:
-            if other is not one and same_shape(other.trunk.adds[0].node, one.trunk.adds[0].node):
-                if index.ancestors[one.trunk.root] & members[id(other)]:
-                    before.append(other)
-                elif index.ancestors[other.trunk.root] & members[id(one)]:
-                    after.append(other)
+        alike = [o for o in with_sites if o is not one and same_shape(o.trunk.adds[0].node, one.trunk.adds[0].node)]
+        before = [other for other in alike if id(other) in earlier[id(one)]]
+        after = [other for other in alike if id(one) in earlier[id(other)]]
         total = sum(len(part.trunk.adds) for part in (one, *before, *after))
         if len(before) + len(after) >= 2 and 3 * len(one.trunk.adds) <= 2 * total:
             found[id(one)] = Fragment(total, _cut_at(index, one if before else after[0]))
         elif id(one) in joined and before + after:
             found[id(one)] = Fragment(total, f"a U-Net skip, {name_of(joined[id(one)])!r} of earlier and later values,")
     return found
+
+
+def _earlier_parts(index: GraphIndex, candidates: list[Candidate]) -> dict[int, set[int]]:
+    """The candidates from whose streams the root of each was made, by way of others too; what a branch saw does not count."""
+    owner = {add.node: id(candidate) for candidate in candidates for add in candidate.trunk.adds}
+    direct: dict[int, set[int]] = {}
+    for candidate in candidates:
+        seen = {candidate.trunk.root}
+        pending = [candidate.trunk.root]
+        direct[id(candidate)] = set()
+        while pending:
+            node = pending.pop()
+            if node in owner:
+                direct[id(candidate)].add(owner[node])
+                continue
+            sources = {source for source in node.all_input_nodes if not reads_only_metadata(node, source)} - seen
+            seen |= sources
+            pending += sources
+    made_from = networkx.DiGraph(direct)
+    return {identity: networkx.descendants(made_from, identity) for identity in direct}
 
 
 def _joined_by_skips(index: GraphIndex, candidates: list[Candidate]) -> dict[int, Node]:

@@ -46,7 +46,9 @@ class Walk:
         self.ids, self.patches, self.entry, self.side, self.mask = inputs
         self.structures: list[Structure] = []
         self.aux: list[Callable[[], Tensor]] = []
-        self.is_unclear = self.has_projection = False
+        self.is_unclear = False
+        self.has_side = False  # whether anything so far was computed from side
+        self.is_made_of_side = False  # whether an embedding, or what a cut begins with, was
         memory = self.side
         torch.manual_seed(DRAWS)
         for i, tower in enumerate(network.towers):
@@ -158,10 +160,12 @@ class Walk:
             self._reader(step, value)
         elif isinstance(step, Injection):
             if step.kind == "side":
-                # side + project(side) in an embedding is a stream that begins at side, too, with a branch that reads it raw.
-                self.is_unclear |= not value.adds and self.has_projection
+                # side + f(side) in an embedding is a stream that begins at side, too, with a branch that reads it.
+                self.is_unclear |= not value.adds and self.is_made_of_side
+                self.has_side = True
                 return value.inject(self.side)
-            self.has_projection |= step.kind == "projected"
+            self.has_side |= step.kind == "projected"
+            self.is_made_of_side |= step.kind == "projected"
             return value.inject(self._parameter("positions") if step.kind == "positions" else self._module("project")(self.side))
         elif isinstance(step, Remember):
             kept.append(value)
@@ -172,6 +176,7 @@ class Walk:
             self.is_unclear |= earlier.adds == value.adds
             return value.add(earlier.look(), "")
         elif isinstance(step, Cut):
+            self.is_made_of_side |= self.has_side
             if step.kind == "norm":
                 module = self._module("cut")
                 x = value.read(self.prefix + "cut", 1e-5)
@@ -219,7 +224,7 @@ class Walk:
                 "pooled": lambda: x.mean(0),
                 "router": lambda: self._module("router")(x).softmax(-1),
                 "largest": lambda: x.abs().amax(-1),
-                "detached": lambda: x.detach().mean(-1),
+                "detached": lambda: x.detach().amin(-1),
                 "squares": lambda: x.square().sum(-1),
                 "statistics": lambda: x.std(-1),
             }[kind]()
@@ -256,6 +261,7 @@ class Walk:
         if branch.kind == "functional":
             b = F.linear(torch.tanh(F.linear(n, self._parameter(f"up{i}"))), self._parameter(f"down{i}"))
         else:
+            self.has_side |= branch.kind == "cross"  # memory is side, or a tower's output
             b = self._module(f"branch{i}")(n.clone(), *([memory] if branch.kind == "cross" else []))
         if branch.gate == "layer scale":
             b = b * self._parameter(f"gamma{i}")
@@ -266,6 +272,7 @@ class Walk:
         elif branch.gate == "constant":
             b = b * 0.5
         elif branch.gate == "condition":
+            self.has_side = True
             b = b * self.side
         elif branch.gate in ("dropout", "nn.Dropout"):
             b = F.dropout(b, 0.25, self.network.training)

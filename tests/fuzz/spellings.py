@@ -138,7 +138,7 @@ TRANSFORMS = {
 READERS = {
     "hidden": "aux.append(x)", "hidden view": "aux.append(x.transpose(0, 1))", "hidden clone": "aux.append(x.clone())",
     "pooled": "aux.append(x.mean(0))", "router": "aux.append({router}(x).softmax(-1))", "normed": "aux.append({norm})",
-    "largest": "aux.append(x.abs().amax(-1))", "token": "aux.append(x[0])", "detached": "aux.append(x.detach().mean(-1))",
+    "largest": "aux.append(x.abs().amax(-1))", "token": "aux.append(x[0])", "detached": "aux.append(x.detach().amin(-1))",
     "squares": "aux.append((x * x).sum(-1))", "scaled": "aux.append(x * 0.5)", "hidden detached": "aux.append(x.detach())",
     "statistics": "aux.append(x.std(-1))",
 }  # fmt: skip

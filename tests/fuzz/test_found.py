@@ -289,3 +289,20 @@ def test_a_stream_that_begins_with_index_add_to_an_input() -> None:
     model = Tokenwise(_conditioned)
     assert chains_of(model) == [("prenorm", LAYERS, LAYERS)]
     assert is_refused_or_preserved(model)
+
+
+def test_another_stream_that_branches_see_is_no_part_of_a_stream_that_a_norm_cuts() -> None:
+    """The last two sublayers were refused as a fragment: an encoder that the decoder attends to was counted in."""
+
+    class Decoder(Stack):
+        def forward(self, patches: Tensor, side: Tensor) -> tuple[Tensor, ...]:
+            memory = self.embed(patches)
+            for i in (0, 1):
+                memory = memory + self.branch(i, memory)
+            x = self.project(side)
+            for i in (2, 3, 4, 5):
+                x = self.project(x) if i == 4 else x
+                x = x + self.branch(i, x) * memory
+            return (self.final(x),)
+
+    assert chains_of(Decoder(_conditioned)) == [("prenorm", 2, 1)] * 2 + [("prenorm", 2, 2)]
