@@ -11,11 +11,12 @@ PEERS := flash-linear-attention==0.6.0 fla-core==0.6.0
 SOURCES := attnres_compile kernels passes patterns
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench kernels zoo fuzz matrix clean
+.PHONY: help install demo test coverage lint bench kernels zoo fuzz matrix clean
 
 help:
 	@echo "make demo     install into $(VENV) and run examples/demo.py"
 	@echo "make test     install into $(VENV) and run the tests"
+	@echo "make coverage install into $(VENV) and run the tests, with the lines and branches of passes/ and patterns/ that none reaches"
 	@echo "make lint     install into $(VENV) and run ruff and mypy"
 	@echo "make bench    install into $(VENV) and run the benchmarks"
 	@echo "make kernels  install into $(VENV) and compile every kernel for four GPUs with two Tritons (no GPU needed)"
@@ -43,6 +44,9 @@ demo: $(READY)
 # Two tests at a time, of one thread each: most of their time goes into tracing, which is single-threaded Python.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+coverage: $(READY)
+	$(MAKE) test PYTEST_ARGS="--cov --cov-report=term-missing:skip-covered $(PYTEST_ARGS)"
 
 # mypy names modules after folders and knows no package-dir map, so it gets a folder of links in the shape of the map.
 lint: $(READY)

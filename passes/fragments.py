@@ -29,7 +29,8 @@ def find_fragments(index: GraphIndex, candidates: list[Candidate]) -> dict[int, 
     carried = {value for candidate in candidates for value in candidate.trunk.values[1:]}
     with_sites = [c for c in candidates if c.num_sites and index.peel(c.trunk.root)[0] not in carried]
     joined = _joined_by_skips(index, with_sites)
-    earlier = _earlier_parts(index, with_sites)
+    order = _order_of_parts(index, with_sites)
+    earlier = {part: networkx.descendants(order, part) for part in order}
     found = {}
     for one in with_sites:
         alike = [o for o in with_sites if o is not one and same_shape(o.trunk.adds[0].node, one.trunk.adds[0].node)]
@@ -37,30 +38,42 @@ def find_fragments(index: GraphIndex, candidates: list[Candidate]) -> dict[int, 
         after = [other for other in alike if id(one) in earlier[id(other)]]
         total = sum(len(part.trunk.adds) for part in (one, *before, *after))
         if len(before) + len(after) >= 2 and 3 * len(one.trunk.adds) <= 2 * total:
-            found[id(one)] = Fragment(total, _cut_at(index, one if before else after[0]))
+            starts = order.out_edges(id(one if before else after[0]), data="start")
+            found[id(one)] = Fragment(total, _cut_at(index, next(start for *_, start in starts)))
         elif id(one) in joined and before + after:
             found[id(one)] = Fragment(total, f"a U-Net skip, {name_of(joined[id(one)])!r} of earlier and later values,")
     return found
 
 
-def _earlier_parts(index: GraphIndex, candidates: list[Candidate]) -> dict[int, set[int]]:
-    """The candidates from whose streams the root of each was made, by way of others too; what a branch saw does not count."""
+def _order_of_parts(index: GraphIndex, candidates: list[Candidate]) -> networkx.DiGraph[int]:
+    """Edges from every candidate to those of whose streams it goes on: its root was made from them, or it adds the value of one,
+    perhaps normed. An edge knows this root or added value. What a branch computes from another stream joins nothing.
+    """
     owner = {add.node: id(candidate) for candidate in candidates for add in candidate.trunk.adds}
-    direct: dict[int, set[int]] = {}
+    order: networkx.DiGraph[int] = networkx.DiGraph()
     for candidate in candidates:
-        seen = {candidate.trunk.root}
-        pending = [candidate.trunk.root]
-        direct[id(candidate)] = set()
-        while pending:
-            node = pending.pop()
-            if node in owner:
-                direct[id(candidate)].add(owner[node])
-                continue
-            sources = {source for source in node.all_input_nodes if not reads_only_metadata(node, source)} - seen
-            seen |= sources
-            pending += sources
-    made_from = networkx.DiGraph(direct)
-    return {identity: networkx.descendants(made_from, identity) for identity in direct}
+        order.add_node(id(candidate))
+        added = [add.branch for add in candidate.trunk.adds if _stream_behind(index, add.branch) in owner]
+        seen: set[Node] = set()
+        for start in (candidate.trunk.root, *added):
+            pending = [start]
+            while pending:
+                node = pending.pop()
+                if node in seen:
+                    continue
+                seen.add(node)
+                if node not in owner:
+                    pending += [source for source in node.all_input_nodes if not reads_only_metadata(node, source)]
+                elif owner[node] not in {id(candidate), *order[id(candidate)]}:
+                    order.add_edge(id(candidate), owner[node], start=start)
+    return order
+
+
+def _stream_behind(index: GraphIndex, node: Node) -> Node:
+    """What ``node`` is, up to transparent operations and a norm."""
+    value = index.peel(node)[0]
+    normed = index.normalised(value)
+    return value if normed is None else index.peel(normed)[0]
 
 
 def _joined_by_skips(index: GraphIndex, candidates: list[Candidate]) -> dict[int, Node]:
@@ -92,16 +105,16 @@ def severed(index: GraphIndex, candidates: list[Candidate]) -> list[Break]:
         later = [candidate for candidate in lone if index.ancestors[candidate.trunk.root] & adds]
         if later:
             root = index.peel(later[0].trunk.root)[0]
-            reason = f"no stream is carried on: {_cut_at(index, later[0])} lies between one residual add and the next"
+            reason = f"no stream is carried on: {_cut_at(index, later[0].trunk.root)} lies between one residual add and the next"
             if name_of(root) in MIXES - {"linear"}:
                 reason = f"{describe_mixing(root)} ({len(lone)} such sums)"
             breaks.append(Break(reason, later[0].trunk.adds[0].node, len(lone)))
     return breaks
 
 
-def _cut_at(index: GraphIndex, part: Candidate) -> str:
-    """What made the first value of ``part`` from the stream before it."""
-    root = index.peel(part.trunk.root)[0]
+def _cut_at(index: GraphIndex, start: Node) -> str:
+    """What made the first value of a part, ``start``, from the stream before it."""
+    root = index.peel(start)[0]
     what = "a norm" if index.normalised(root) is not None else repr(name_of(root))
     what = f"the in-place operation {what}" if written_tensors(root) else what
     return f"{what} (module {module_of(root)!r})" if module_of(root) else what
