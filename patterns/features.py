@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from torch.fx import Node
 
@@ -13,7 +14,8 @@ _REDUCTIONS = frozenset({
     "mean", "nanmean", "sum", "var", "std", "var_mean", "std_mean", "vector_norm", "amax", "amin", "max", "min", "normalize",
     "vecdot", "linalg_vecdot", "einsum",
 })  # fmt: skip
-_POOLS = frozenset({"mean", "sum", "amax", "max", "adaptive_avg_pool1d", "avg_pool1d"})
+_OVER_LENGTH = frozenset({"adaptive_avg_pool1d", "avg_pool1d"})
+_POOLS = frozenset({"mean", "sum", "amax", "max"}) | _OVER_LENGTH
 _DIMENSION_POSITION = {"vector_norm": 2, "normalize": 2, "vecdot": 2, "linalg_vecdot": 2}
 _DEFAULT_DIMENSION = {"normalize": 1, "vecdot": -1, "linalg_vecdot": -1}
 # Channels (in groups) together with space, which then must not be where the features are; or space alone.
@@ -35,23 +37,33 @@ def reductions_elsewhere(edges: Collection[tuple[Node, Node]], images: Images, c
         return tuple(user for _, user in edges)
     feature = features.pop()
     assert feature is not None
-    ranks = {len(shape_of(value) or ()) for value, _ in edges}
+    sources = {node: source for node in component if is_float_tensor(source := _first_operand(node))}
+    places = dict.fromkeys((len(shape_of(value) or ()) for value, _ in edges), feature)  # where the features are, by rank
+    pools = {node for node, source in sources.items() if source in images and _pools(node, component)}
     found = []
-    for node in component:
-        source = next(iter(node.all_input_nodes), None) if name_of(node) == "einsum" else node.args[0] if node.args else None
-        if not is_float_tensor(source):
-            continue
-        if source in images and _pools(node, component):
-            continue
-        name, rank = name_of(node), len(shape_of(source) or ())
+    for node in pools:
+        rank = len(shape_of(sources[node]) or ())
+        pooled = _reduced(node, rank)
+        if not pooled or feature in pooled:
+            found.append(node)
+        elif len(shape_of(node) or ()) == rank - len(pooled):
+            places.setdefault(rank - len(pooled), feature + sum(dim > feature for dim in pooled))
+    for node in sources.keys() - pools:
+        name, rank = name_of(node), len(shape_of(sources[node]) or ())
+        place = places.get(rank, feature)
         if (
-            (name in _OVER_CHANNELS and feature % rank != 1)
-            or (name in _OVER_SPACE and feature % rank < 2)
-            or (name in _OVER_LAST and (feature != -1 or _normalises_several(node)))
-            or (name in _REDUCTIONS and rank in ranks and feature not in _reduced(node, rank))
+            (name in _OVER_CHANNELS and place % rank != 1)
+            or (name in _OVER_SPACE and place % rank < 2)
+            or (name in _OVER_LAST and (place != -1 or _normalises_several(node)))
+            or (name in _REDUCTIONS and rank in places and place not in _reduced(node, rank))
         ):
             found.append(node)
     return tuple(found)
+
+
+def _first_operand(node: Node) -> Any:
+    """What ``node`` works on; an equation leads the operands of an einsum."""
+    return next(iter(node.all_input_nodes), None) if name_of(node) == "einsum" else node.args[0] if node.args else None
 
 
 def _normalises_several(node: Node) -> bool:
@@ -79,6 +91,8 @@ def _reduced(node: Node, rank: int) -> set[int]:
     """The dimensions that ``node`` reduces, counted from the end."""
     if name_of(node) == "einsum":
         return _summed(str(node.args[0]), rank)
+    if name_of(node) in _OVER_LENGTH:
+        return {-1}
     default = _DEFAULT_DIMENSION.get(name_of(node))
     dims = argument(node, _DIMENSION_POSITION.get(name_of(node), 1), "dim", node.kwargs.get("axis", default))
     if dims is None or isinstance(dims, bool):  # all of them; var(x, unbiased) has its flag where others have dim

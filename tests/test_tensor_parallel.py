@@ -36,7 +36,7 @@ def bytes_of(tokens: int) -> int:
 CASES = [
     ("rewritten", "whole"), ("rewritten", "split"), ("rewritten", "split DTensor"), ("rewritten", "unreduced DTensor"),
     ("sharded", 8), ("sharded", 1), ("compiled", "whole"), ("compiled", "split DTensor"), ("compiled", "sharded"),
-    "distributed queries",
+    "split already", "distributed queries",
 ]  # fmt: skip
 
 

@@ -306,3 +306,33 @@ def test_another_stream_that_branches_see_is_no_part_of_a_stream_that_a_norm_cut
             return (self.final(x),)
 
     assert chains_of(Decoder(_conditioned)) == [("prenorm", 2, 1)] * 2 + [("prenorm", 2, 2)]
+
+
+def test_the_features_of_an_average_of_tokens() -> None:
+    """The query had the width of the tokens: adds in another layout, and a norm of what was averaged over tokens alone."""
+
+    class Pooled(Stack):
+        def forward(self, patches: Tensor, side: Tensor) -> tuple[Tensor, ...]:
+            x = self.embed(patches)
+            n = self.norms[0](x)
+            for i in range(2):
+                x = (x.transpose(1, 2) + self.maps[i](n).transpose(1, 2)).transpose(1, 2)
+            pooled = x.mean(1)
+            return (pooled / (pooled.square().mean(-1, keepdim=True) + 1e-6).sqrt(),)
+
+    (chain,) = ac.detect(Pooled(_conditioned), args=inputs()).chains
+    assert {site.hidden_size for site in chain.sites} == {WIDTH}
+    assert is_refused_or_preserved(Pooled(_conditioned))
+
+
+def test_an_average_over_tokens_that_is_normed_over_the_batch() -> None:
+    """It had a site: of what was averaged, no dimension was looked at."""
+
+    def batch_norm(model: Stack, i: int, x: Tensor, side: Tensor, aux: list[Tensor]) -> Tensor:
+        pooled = x.mean(1)
+        aux.append(pooled / (pooled.square().mean(0, keepdim=True) + 1e-6).sqrt())
+        return x + model.branch(i, x)
+
+    report = ac.detect(Stack(batch_norm), args=inputs())
+    assert [(chain.kind, chain.num_sublayers, chain.num_sites) for chain in report.chains] == [("prenorm", LAYERS, LAYERS)]
+    assert sum("another dimension" in refusal.reason for refusal in report.refusals) == LAYERS

@@ -275,6 +275,7 @@ def on_two_ranks() -> dict[str, Any]:
         found["rewritten", plan] = rewritten(mesh, plan, length)
     for length in (8, 1):
         found["sharded", length] = rewritten(mesh, "whole", length, shard_sequence=True)
+    found["split already"] = rewritten(mesh, "split", 8, shard_sequence=True)
     found["compiled", "whole"] = compiled(mesh, "whole", "convert, parallelize")
     found["compiled", "split DTensor"] = compiled(mesh, "split DTensor", "one line")
     found["compiled", "sharded"] = compiled(mesh, "whole", "convert, parallelize", shard_sequence=True)
