@@ -184,6 +184,7 @@ def _tower(scope: Scope, i: int, tower: Tower, classes: list[str]) -> None:
             emit_step(block, step)
             if network.checkpointed:
                 recomputed = isinstance(step, Sublayer) and not step.wild and step.add not in IN_PLACE_ADDS
+                recomputed &= network.near_miss != "depth attention"  # its layers append to what all have kept
                 block.attribute("checkpointed", str(recomputed))
             names.append(f"T{i}Step{j}({'self.shared_norm' if network.shared_norm else ''})")
             classes.append(
