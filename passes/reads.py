@@ -74,13 +74,13 @@ def reads_of(index: GraphIndex, stream: Node, preceding: ResidualAdd | None, fol
 
 
 def _base(index: GraphIndex, found: _Propagation, components: list[set[Node]], stream: Node, way: tuple[Node, ...]) -> Node:
-    """The stream, or the last image on its ``way`` that all ``components`` read through, if they find their features there."""
+    """The stream, or the first image on its ``way`` that all ``components`` read through and in which they find their features."""
     values = [value for nodes in components for value, user in found.edges if user in nodes]
     if not way or not values or all(not found.elsewhere(nodes, stream) for nodes in components):
         return stream
     common = set.intersection(set(way), *(set(found.way_to(value)) for value in values))
-    deepest = max(common, key=index.position.__getitem__, default=stream)
-    return deepest if any(not found.elsewhere(nodes, deepest) for nodes in components) else stream
+    shared = sorted(common, key=index.position.__getitem__)
+    return next((image for image in shared if any(not found.elsewhere(nodes, image) for nodes in components)), stream)
 
 
 class _Propagation:

@@ -128,7 +128,7 @@ def _residual_adds(index: GraphIndex) -> tuple[dict[Node, ResidualAdd], dict[Nod
             left_is_skip, right_is_skip = _resolve(index, adds, left, right)
         elif left_is_skip != right_is_skip:
             skip, other = (left, right) if left_is_skip else (right, left)
-            if _is_injection(index, adds, other, skip):
+            if _is_injection(index, adds, others, other, skip):
                 left_is_skip, right_is_skip = right_is_skip, left_is_skip
         # A stream that is itself scaled by the sum (x - alpha f has a scaled branch, alpha x does not occur) stays out.
         if left_is_skip and not right_is_skip and total.left_scale == 1.0:
@@ -157,23 +157,38 @@ def _resolve(index: GraphIndex, adds: dict[Node, ResidualAdd], left: Node, right
     return False, False
 
 
-def _is_injection(index: GraphIndex, adds: dict[Node, ResidualAdd], stream: Node, value: Node) -> bool:
+def _is_injection(
+    index: GraphIndex, adds: dict[Node, ResidualAdd], others: dict[Node, Sum], stream: Node, value: Node
+) -> bool:
     """Whether ``stream + value`` adds something from outside to a stream, some branch of which has read ``value`` before.
 
     The other reading of that sum is a branch of ``value`` that holds a stream of its own. Such a stream begins with what is
     computed from ``value``, and where nothing but ``value`` came before, with its norm.
     """
-    root = index.peel(stream)[0]
-    if root not in adds:
+    end = index.peel(stream)[0]
+    root = end
+    while (earlier := _earlier(index, adds, others, root)) is not None:
+        root = earlier
+    if root is end:
         return False
-    source = index.peel(value)[0]
-    before = index.ancestors[root]
-    while root in adds:
-        root = index.peel(adds[root].skip)[0]
     if not index.ancestors[root] & index.linear_past[value]:
         return True
+    source = index.peel(value)[0]
     groups = reads_of(index, source, None, None).groups if source not in adds else ()
+    before = index.ancestors[end]
     return any(not group.is_invariant and any(before & index.bit(node) for node in group.nodes) for group in groups)
+
+
+def _earlier(index: GraphIndex, adds: dict[Node, ResidualAdd], others: dict[Node, Sum], node: Node) -> Node | None:
+    """The value of the stream to which ``node`` adds a branch, or something else that has nothing to do with it."""
+    if node in adds:
+        return index.peel(adds[node].skip)[0]
+    if node not in others:
+        return None
+    left, right = others[node].left, others[node].right
+    before = [(index.peel(stream)[0], added) for stream, added in ((left, right), (right, left))]
+    found = [stream for stream, added in before if stream in adds and not index.ancestors[added] & index.bit(stream)]
+    return found[0] if len(found) == 1 else None
 
 
 def _adopt_injections(index: GraphIndex, adds: dict[Node, ResidualAdd], others: dict[Node, Sum]) -> None:
