@@ -74,7 +74,7 @@ def reads_of(index: GraphIndex, stream: Node, preceding: ResidualAdd | None, fol
 
 
 def _base(index: GraphIndex, found: _Propagation, components: list[set[Node]], stream: Node, way: tuple[Node, ...]) -> Node:
-    """The stream, or the first image on its ``way`` that all ``components`` read through and in which they find their features."""
+    """The stream, or the first image on its ``way`` that all ``components`` read through, if they find their features there."""
     values = [value for nodes in components for value, user in found.edges if user in nodes]
     if not way or not values or all(not found.elsewhere(nodes, stream) for nodes in components):
         return stream
