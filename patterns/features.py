@@ -39,7 +39,7 @@ def reductions_elsewhere(edges: Collection[tuple[Node, Node]], images: Images, c
     assert feature is not None
     sources = {node: source for node in component if is_float_tensor(source := _first_operand(node))}
     places = dict.fromkeys((len(shape_of(value) or ()) for value, _ in edges), feature)  # where the features are, by rank
-    pools = {node for node, source in sources.items() if source in images and _pools(node, component)}
+    pools = {node for node, source in sources.items() if source in images and _pools(node, component, images)}
     found = []
     for node in pools:
         rank = len(shape_of(sources[node]) or ())
@@ -72,7 +72,7 @@ def _normalises_several(node: Node) -> bool:
     return isinstance(shape, (tuple, list)) and len(shape) > 1
 
 
-def _pools(node: Node, component: Collection[Node]) -> bool:
+def _pools(node: Node, component: Collection[Node], images: Images) -> bool:
     """Whether ``node`` averages feature vectors, whose average is then normalised: nothing of it meets what it was made from."""
     if name_of(node) not in _POOLS:
         return False
@@ -84,7 +84,7 @@ def _pools(node: Node, component: Collection[Node]) -> bool:
                 behind.add(user)
                 pending.append(user)
     sources = {source for user in behind - {node} for source in user.all_input_nodes}
-    return len(behind) > 1 and not any(source in component and source not in behind for source in sources)
+    return len(behind) > 1 and not any(source in component or source in images for source in sources - behind)
 
 
 def _reduced(node: Node, rank: int) -> set[int]:
