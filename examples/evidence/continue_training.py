@@ -18,10 +18,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
 
 import typer
 from data import corpus
-from reporting import RESULTS, WORK, write
+from reporting import RESULTS, WORK, run_and_write
 from rows import BASELINE, SCALES, Scale
 from training import Task
-from workers import is_finished, run_all
+from workers import is_finished
 
 PARTS_OF_PEAK = (0.25, 1.0)  # of the learning rate that the baseline was trained with
 
@@ -45,10 +45,7 @@ def main(
         raise SystemExit(f"{missing[0]} is not trained yet; run train.py --scale {scale_name} --rows {BASELINE.name} first.")
     tasks = continued(scale, baselines)
     print(f"Text: {corpus()}.\n{len(tasks)} runs of {scale.continued_steps} steps.", flush=True)
-    finished = run_all(tasks, folder, workers or scale.workers, deadline)
-    write(tasks, folder, out or RESULTS / f"{scale_name}-continued", workers or scale.workers)
-    if not finished:
-        print("Not all runs are finished: the tables and figures are of those that are.")
+    run_and_write(tasks, folder, out or RESULTS / f"{scale_name}-continued", workers or scale.workers, deadline)
 
 
 def continued(scale: Scale, baselines: list[Task]) -> list[Task]:

@@ -11,9 +11,18 @@ import tables
 import torch
 from data import corpus
 from training import Task
+from workers import run_all
 
 WORK = Path("build/evidence")
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def run_and_write(tasks: Sequence[Task], folder: Path, out: Path, workers: int, deadline: float) -> None:
+    """Do what is not finished in ``folder`` until ``deadline``, and write what is, as :func:`write` does."""
+    finished = run_all(tasks, folder, workers, deadline)
+    write(tasks, folder, out, workers)
+    if not finished:
+        print("Not all runs are finished: the tables and figures are of those that are.")
 
 
 def write(tasks: Sequence[Task], folder: Path, out: Path, workers: int) -> None:

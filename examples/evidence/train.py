@@ -18,10 +18,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 from data import corpus
-from reporting import RESULTS, WORK, write
+from reporting import RESULTS, WORK, run_and_write
 from rows import SCALES
 from training import Task
-from workers import run_all
 
 
 def main(
@@ -51,10 +50,7 @@ def main(
     ]
     print(f"Text: {corpus()}.\n{len(tasks)} runs.", flush=True)
     folder = work / scale.name
-    finished = run_all(tasks, folder, workers or scale.workers, deadline)
-    write(tasks, folder, out or RESULTS / scale.name, workers or scale.workers)
-    if not finished:
-        print("Not all runs are finished: the tables and figures are of those that are.")
+    run_and_write(tasks, folder, out or RESULTS / scale.name, workers or scale.workers, deadline)
 
 
 if __name__ == "__main__":
