@@ -22,6 +22,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import typer
 from demo_data import standard_library
+from leaving import leave
 from rich.console import Console
 from rich.table import Table
 from small_llama import small_llama
@@ -53,6 +54,7 @@ def main(
             report(losses / world, train_alone(steps, world), len(split.blocks), held)
     finally:
         dist.destroy_process_group()
+    leave()
 
 
 def converted() -> nn.Module:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import typer
 from demo_data import VOCABULARY
+from leaving import leave
 from rich.console import Console
 from rich.table import Table
 from small_llama import small_llama
@@ -49,6 +50,7 @@ def main(
         sys.exit(str(error) if dist.get_rank() == 0 else 1)
     finally:
         dist.destroy_process_group()
+    leave()
 
 
 def compare(length: int, config: ac.AttnResConfig) -> None:
