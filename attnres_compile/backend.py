@@ -16,6 +16,7 @@ from attnres_compile import capture
 from attnres_compile.config import AttnResConfig
 from attnres_compile.convert import device_and_dtype, explain_no_chain, is_rewritten, report_of
 from attnres_compile.errors import AttnResError, ChainCutError, ConfigError, NoResidualChainError, ParameterMismatchError
+from attnres_compile.execution import eager_hosts, note_execution
 from attnres_compile.layout import layout_of
 from attnres_compile.parameters import (
     ATTRIBUTE,
@@ -23,9 +24,7 @@ from attnres_compile.parameters import (
     attach,
     attached_to,
     check_unconverted,
-    eager_hosts,
     hosts_in,
-    note_execution,
     parameters_of,
 )  # fmt: skip
 from attnres_compile.passes.base import Program, run_passes

@@ -264,6 +264,8 @@ def _as_module(
         elif is_device_mesh(value):
             bound[node] = f"constant_{node.name}"
             setattr(tree, bound[node], value)
+        elif isinstance(value, Tensor) and not node.users:
+            graph.erase_node(node)  # the mark of converted models
         elif isinstance(value, Tensor):  # a tensor that the model holds outside its parameters and buffers
             bound[node] = f"constant_{node.name}"
             tree.register_buffer(bound[node], value, persistent=False)

@@ -1,20 +1,17 @@
-"""The parameters of a converted model, and the hooks that keep it from running un-rewritten."""
+"""The parameters of a converted model."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import threading
-import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnres_compile.capture import dynamo_is_active, never_compile_alone
 from attnres_compile.config import AttnResConfig
-from attnres_compile.errors import ConfigError, NotRewrittenError, ParameterMismatchError
+from attnres_compile.errors import ConfigError, ParameterMismatchError
+from attnres_compile.execution import refuse_unrewritten
 from attnres_compile.layout import CONFIG_KEY, SiteLayout, StoredConversion, check_same, difference, layout_of
 from attnres_compile.report import Report
 from attnres_compile.site_parameters import initial_value
@@ -178,7 +175,7 @@ def _problem(tensor: Any, shape: tuple[int, ...], first: Any) -> str:
 
 
 def attach(model: nn.Module, parameters: AttnResParameters) -> AttnResParameters:
-    """Make ``parameters`` ``model.attnres``, with hooks that refuse to run the model un-rewritten.
+    """Make ``parameters`` ``model.attnres``, and refuse from now on to run the model un-rewritten.
 
     A Transformers model says in the config.json that it saves what was converted.
 
@@ -187,8 +184,7 @@ def attach(model: nn.Module, parameters: AttnResParameters) -> AttnResParameters
     """
     check_unconverted(model)
     setattr(model, ATTRIBUTE, parameters)
-    model.register_forward_pre_hook(_before_forward, with_kwargs=True)
-    model.register_forward_hook(_after_forward)
+    refuse_unrewritten(model)
     if hasattr(type(model), "save_pretrained") and hasattr(type(model), "config_class"):
         model.save_pretrained = _SavePretrained(model)  # type: ignore[assignment]
     return parameters
@@ -247,120 +243,3 @@ def parameters_of(host: nn.Module) -> AttnResParameters:
     if found is None:
         raise ParameterMismatchError(f"{type(host).__name__}.attnres was removed after the model was compiled; convert it anew.")
     return found
-
-
-# Forward calls of converted models that run outside a compiled graph, innermost last; one list per thread.
-_local = threading.local()
-
-
-@dataclasses.dataclass
-class _Call:
-    """The record of a call whose forward raised stays until the model's next call, and must not keep the model alive."""
-
-    host: weakref.ref[nn.Module]
-    rewritten: bool = False
-
-
-def _calls() -> list[_Call]:
-    if not hasattr(_local, "calls"):
-        _local.calls = []
-    calls: list[_Call] = _local.calls
-    return calls
-
-
-def eager_hosts() -> Iterator[nn.Module]:
-    """Converted modules whose forward call runs eagerly in this thread right now."""
-    return (host for call in _calls() if (host := call.host()) is not None)
-
-
-def note_execution(host: nn.Module) -> None:
-    """To be called whenever the rewritten graph of ``host`` runs."""
-    for call in _calls():
-        if call.host() is host:
-            call.rewritten = True
-
-
-def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # Not is_compiling(), which is true in every thread while one of them compiles.
-    if torch.compiler.is_dynamo_compiling():
-        # Whatever backend compiles this: unless the graph is rewritten, the marker raises when it runs.
-        return _mark_first_tensor(args, kwargs)
-    _enter(module, is_compiled="forward" in module.__dict__ or dynamo_is_active())
-    return None
-
-
-def _after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if not torch.compiler.is_dynamo_compiling():
-        _leave(module)
-
-
-# Dynamo runs the hooks of the module that was compiled outside of its graph, or traces them as a part of a larger frame.
-# It must not compile them as frames of their own.
-never_compile_alone(_before_forward)
-never_compile_alone(_after_forward)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _enter(module: nn.Module, is_compiled: bool) -> None:
-    if not is_compiled:
-        raise NotRewrittenError(
-            f"{type(module).__name__} was converted to Attention Residuals but is being run eagerly, with its standard residual "
-            'stream. Run it as torch.compile(model, backend="attnres") or after model.compile(backend="attnres"), or use '
-            "attnres_compile.rewrite(model, ...)."
-        )
-    calls = _calls()
-    calls[:] = [call for call in calls if call.host() not in (None, module)]
-    calls.append(_Call(weakref.ref(module)))
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _leave(module: nn.Module) -> None:
-    calls = _calls()
-    mine = [call for call in calls if call.host() is module]
-    calls[:] = [call for call in calls if call.host() is not module]
-    # No record at all: the model was converted in the middle of this very call, by the backend that rewrote it.
-    if mine and not any(call.rewritten for call in mine):
-        raise NotRewrittenError(
-            f"{type(module).__name__} was converted to Attention Residuals, but its forward call ran with the standard residual "
-            "stream: another backend compiled it, or Dynamo gave up on it (TORCH_LOGS=recompiles,graph_breaks shows why). Run it "
-            'as torch.compile(model, backend="attnres").'
-        )
-
-
-def _mark_first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    marked = list(args)
-    for i, value in enumerate(marked):
-        if isinstance(value, Tensor):
-            marked[i] = torch.ops.attnres.only_rewritten.default(value)
-            return tuple(marked), kwargs
-    named = dict(kwargs)
-    for name, value in named.items():
-        if isinstance(value, Tensor):
-            named[name] = torch.ops.attnres.only_rewritten.default(value)
-            return args, named
-    for i, value in enumerate(marked):
-        if isinstance(value, (tuple, list, dict)) and len(value):
-            marked[i] = _mark_inside(value)
-            return tuple(marked), kwargs
-    for name, value in named.items():
-        if isinstance(value, (tuple, list, dict)) and len(value):
-            named[name] = _mark_inside(value)
-            return args, named
-    return args, kwargs
-
-
-def _mark_inside(value: Any) -> Any:
-    """Mark the first tensor of a container, one level down: batches come as dicts and tuples."""
-    if isinstance(value, dict):
-        copy = dict(value)
-        for key, item in copy.items():
-            if isinstance(item, Tensor):
-                copy[key] = torch.ops.attnres.only_rewritten.default(item)
-                break
-        return copy
-    items = list(value)
-    for i, item in enumerate(items):
-        if isinstance(item, Tensor):
-            items[i] = torch.ops.attnres.only_rewritten.default(item)
-            break
-    return type(value)(items) if isinstance(value, list) else tuple(items)

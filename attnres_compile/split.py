@@ -25,8 +25,9 @@ class SplitModule(nn.Module):
     """What ``rewrite(..., split=True)`` returns: called like the model, it runs ``blocks`` one after the other.
 
     Attributes:
-        blocks: a graph module for every AttnRes block, with the parameters that it alone reads, under the model's names; the
-            first one embeds, the last one holds what follows the last block. Shard each, then the whole; compile each.
+        blocks: a graph module for every AttnRes block, with the parameters that it alone reads, under the model's names, and one
+            more for what follows the last block (final norm, head); the first one embeds. Shard each, then the whole; compile
+            each.
         shared: parameters that several blocks read (tied embeddings). They stay in this module, whose ``fully_shard`` takes
             them, and enter blocks as inputs.
         report: what was rewritten.

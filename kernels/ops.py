@@ -2,8 +2,7 @@
 
 ``attnres::site`` is what rewriting puts into a graph, ``attnres::inter`` and ``attnres::merge`` what the two phases make of a
 block of sites. ``attnres::site_variant`` is a site that weighs its sources otherwise, ``attnres::multi_stream_offsets`` what it
-does so by. All of them run and differentiate as they stand. ``attnres::only_rewritten`` marks the input of a converted model:
-rewriting removes it, and a graph that was not rewritten raises when it runs.
+does so by. All of them run and differentiate as they stand.
 """
 
 from __future__ import annotations
@@ -17,11 +16,6 @@ from torch.library import Library, custom_op
 
 from attnres_compile.kernels import differentiable, fused, naive, naive_variants
 from attnres_compile.kernels.differentiable import KERNELS, NAIVE, kernels_for
-
-NOT_REWRITTEN = (
-    "this model carries AttnRes parameters, but the graph that just ran was not rewritten: it was compiled or exported by "
-    'another backend. Use torch.compile(model, backend="attnres"), or attnres_compile.rewrite(model, ...).'
-)
 
 _library = Library("attnres", "FRAGMENT")
 _library.define("inter(Tensor[] sources, Tensor[] queries, Tensor[] key_norms, float eps) -> Tensor[]")
@@ -104,18 +98,3 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 site.register_autograd(_backward, setup_context=_setup_context)
-
-
-@custom_op("attnres::only_rewritten", mutates_args=())
-def only_rewritten(x: Tensor) -> Tensor:
-    """Stands for ``x`` in graphs that are still to be rewritten.
-
-    Raises:
-        RuntimeError: whenever it is executed.
-    """
-    raise RuntimeError(NOT_REWRITTEN)
-
-
-@only_rewritten.register_fake
-def _only_rewritten_fake(x: Tensor) -> Tensor:
-    return torch.empty_like(x)

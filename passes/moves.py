@@ -89,4 +89,8 @@ def gathered(own: Tensor, like: Any) -> Any:
     """The DTensor of which every rank holds ``own``, a part as ``like`` has them, brought to all ranks: an all-gather."""
     from torch.distributed.tensor import Replicate
 
-    return whole_of(own, like).redistribute(placements=[Replicate()])
+    whole = whole_of(own, like).redistribute(placements=[Replicate()])
+    with torch.no_grad():
+        is_contiguous = whole.to_local().is_contiguous()
+    # Before torch 2.13 what is gathered from parts of several sizes keeps the strides of its padding, and claims others.
+    return whole if is_contiguous else whole.clone(memory_format=torch.contiguous_format)

@@ -14,7 +14,7 @@ from small_nets import BATCH, Net, converted, eager, ids_of
 from torch import Tensor
 
 import attnres_compile as ac
-from attnres_compile import parameters
+from attnres_compile import execution
 
 SHAPES = [(2, 3), (4, 5), (3, 7)]
 
@@ -50,7 +50,7 @@ def test_two_hundred_steps_of_a_compiled_model(shapes: list[tuple[int, int]], op
     model = converted()
     first, last = train(model, torch.compile(model, backend=eager, **options), [ids_of(*shape) for shape in shapes], 200)
     assert last <= first
-    assert parameters._calls() == []
+    assert execution._calls() == []
 
 
 def test_two_hundred_steps_of_a_rewritten_module() -> None:
@@ -78,7 +78,7 @@ def test_a_hundred_failed_calls() -> None:
         if call in (19, 119):
             counts.append(live_tensors())
     assert counts[1] <= counts[0]
-    assert len(parameters._calls()) <= 1
+    assert len(execution._calls()) <= 1
 
 
 def test_threads_take_their_records_with_them() -> None:

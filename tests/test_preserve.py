@@ -177,6 +177,30 @@ def test_a_module_without_norms_at_its_end_keeps_its_output() -> None:
         torch.testing.assert_close(rewritten(x), model(x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("masks", ["padding", "causal", "both"])
+def test_fused_encoder_layers_with_masks(masks: str) -> None:
+    """In evaluation without gradients nn.TransformerEncoderLayer is one operator, which takes its masks along."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, norm_first=True, batch_first=True, dtype=torch.float64)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    kwargs: dict[str, Tensor] = {}
+    if masks != "causal":
+        kwargs["src_key_padding_mask"] = torch.tensor([[False] * 5, [False, False, False, True, True]])
+    if masks != "padding":
+        kwargs["mask"] = torch.ones(5, 5).triu(1).bool()
+    with torch.no_grad():
+        rewritten = ac.rewrite(model, ac.AttnResConfig(num_blocks=2), (x,), kwargs)
+        expected = model(x, **kwargs)
+        assert not torch.allclose(expected, model(x))
+        torch.testing.assert_close(rewritten(x, **kwargs), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_fused_encoder_layers_with_post_norm() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 3, enable_nested_tensor=False).eval()
+    with torch.no_grad(), pytest.raises(ac.NoResidualChainError, match=r"post-norm: .layers\.0\.norm2. normalises the sum"):
+        ac.rewrite(model, args=(torch.randn(2, 5, 16),))
+
+
 def test_a_branch_under_vmap() -> None:
     class Mapped(Hidden):
         def forward(self, x: Tensor) -> Tensor:

@@ -2,11 +2,15 @@
 
 import copy
 import os
+from collections import OrderedDict, UserDict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from models import VOCABULARY, tiny
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attnres_compile as ac
 from attnres_compile.backend import compile_rewritten
@@ -50,6 +54,15 @@ class Net(nn.Module):
 BATCH = torch.arange(6).view(2, 3)
 
 
+@dataclass
+class Fields:
+    ids: Tensor
+
+
+class Named(NamedTuple):
+    ids: Tensor
+
+
 def converted(**kwargs) -> Net:
     model = Net(**kwargs)
     ac.convert_(model, args=(BATCH,))
@@ -70,7 +83,7 @@ class TestUnrewrittenRuns:
     def test_another_backend_through_the_compile_method(self, backend: str) -> None:
         model = converted()
         model.compile(backend=backend)
-        with pytest.raises(RuntimeError, match='backend="attnres"'):
+        with pytest.raises(ac.NotRewrittenError, match='backend="attnres"'):
             model(BATCH)
 
     @pytest.mark.parametrize("backend", ["inductor", "eager", "aot_eager"])
@@ -83,22 +96,51 @@ class TestUnrewrittenRuns:
     @pytest.mark.parametrize("backend", ["inductor", "eager", "aot_eager"])
     def test_another_backend_around_the_model(self, backend: str) -> None:
         model = converted()
-        with pytest.raises(RuntimeError, match='backend="attnres"'):
+        with pytest.raises(ac.NotRewrittenError, match='backend="attnres"'):
             torch.compile(lambda batch: model(batch).sum(), backend=backend)(BATCH)
 
-    def test_another_backend_on_keyword_and_nested_inputs(self) -> None:
+    @pytest.mark.parametrize("backend", ["inductor", "eager", "aot_eager"])
+    @pytest.mark.parametrize("container", [dict, UserDict, OrderedDict, Fields, Named, lambda ids: [[ids]]])
+    def test_another_backend_whatever_the_inputs_lie_in(self, container: Any, backend: str) -> None:
         class Nested(Net):
-            def forward(self, batch: dict[str, Tensor]) -> Tensor:
-                return super().forward(batch["ids"])
+            def forward(self, batch: Any) -> Tensor:
+                if isinstance(batch, list):
+                    return super().forward(batch[0][0])
+                return super().forward(batch["ids"] if isinstance(batch, (dict, UserDict)) else batch.ids)
 
         model = Nested()
-        ac.convert_(model, kwargs={"batch": {"ids": BATCH}})
-        with pytest.raises(RuntimeError, match='backend="attnres"'):
-            torch.compile(lambda ids: model(batch={"ids": ids}), backend="eager")(BATCH)
+        batch = container(ids=BATCH)
+        ac.convert_(model, kwargs={"batch": batch})
+        with pytest.raises(ac.NotRewrittenError, match='backend="attnres"'):
+            torch.compile(lambda batch: model(batch=batch) * 1.0, backend=backend)(batch)
+        around = torch.compile(lambda batch: model(batch=batch) * 1.0, backend="attnres")
+        torch.testing.assert_close(around(batch), ac.rewrite(model, kwargs={"batch": batch})(batch=batch))
+
+    def test_the_mark_passes_under_fake_tensors_alone(self) -> None:
+        with FakeTensorMode():
+            assert torch.ops.attnres.only_rewritten(torch.zeros(0)) is None
+        with pytest.raises(ac.NotRewrittenError, match="the graph that just ran was not rewritten"):
+            torch.ops.attnres.only_rewritten(torch.zeros(0))
+
+    def test_nothing_of_the_mark_is_left(self) -> None:
+        model = converted()
+        rewritten = ac.rewrite(model, args=(BATCH,))
+        assert dict(rewritten.named_buffers()) == {}
+        assert [node.name for node in rewritten.graph.find_nodes(op="placeholder") if not node.users] == []
+
+    def test_another_backend_without_inputs(self) -> None:
+        class Constant(Net):
+            def forward(self) -> Tensor:
+                return super().forward(BATCH)
+
+        model = Constant()
+        ac.convert_(model)
+        with pytest.raises(ac.NotRewrittenError, match='backend="attnres"'):
+            torch.compile(lambda: model() * 1.0, backend="eager")()
 
     def test_export(self) -> None:
         exported = torch.export.export(converted(), (BATCH,), strict=True)
-        with pytest.raises(RuntimeError, match='backend="attnres"'):
+        with pytest.raises(ac.NotRewrittenError, match='backend="attnres"'):
             exported.module()(BATCH)
 
     def test_a_compiled_model_under_force_eager(self) -> None:

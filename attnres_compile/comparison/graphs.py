@@ -6,14 +6,14 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from torch.fx import Graph, Node, map_arg
+from torch.fx import Graph, Node
 
 from attnres_compile.chain import ResidualChain
 from attnres_compile.compare import GraphDiff, diff_graphs, match_operations
 from attnres_compile.passes.base import MADE_BY
 from attnres_compile.patterns.operations import module_of, name_of, value_of
 
-_MARKER = "only_rewritten"  # what converted models put on their input
+_MARKER = "only_rewritten"  # what converted models put into their graphs
 _NAMED = 3  # operations that a difference names; it counts the others
 
 
@@ -60,12 +60,13 @@ class GraphComparison:
 
 def operations_of(graph: Graph) -> tuple[Operation, ...]:
     """All nodes of a graph as it was captured, but for the marker of converted models. They hold on to nothing."""
-    return tuple(_operation(node) for node in graph.nodes if name_of(node) != _MARKER)
+    markers = [node for node in graph.nodes if name_of(node) == _MARKER]
+    left_out = {*markers, *(source for marker in markers for source in marker.all_input_nodes)}
+    return tuple(_operation(node) for node in graph.nodes if node not in left_out)
 
 
 def _operation(node: Node) -> Operation:
-    arguments = map_arg((node.args, node.kwargs), lambda source: source.args[0] if name_of(source) == _MARKER else source)
-    text = re.sub(r" at 0x[0-9a-f]+", "", repr(arguments))
+    text = re.sub(r" at 0x[0-9a-f]+", "", repr((node.args, node.kwargs)))
     value = value_of(node)
     described = f"{value.dtype} {list(value.shape)}".removeprefix("torch.") if hasattr(value, "shape") else ""
     return Operation(node.name, name_of(node), module_of(node), text, described)

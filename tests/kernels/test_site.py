@@ -10,7 +10,6 @@ from reference import attend
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import attnres_compile.kernels.ops
 from attnres_compile.kernels import naive
 
 EPS = 1e-5
@@ -298,21 +297,6 @@ def test_fake_layout_is_the_real_layout(layout: str) -> None:
         fake_grads = torch.ops.attnres.site_backward(mode.from_tensor(grad), fakes, query, key_norm, EPS, 3.0)[0]
     assert fake.stride() == real.stride()
     assert [g.stride() for g in fake_grads] == [g.stride() for g in real_grads]
-
-
-def test_only_rewritten_raises_when_it_runs() -> None:
-    with pytest.raises(RuntimeError) as caught:
-        torch.ops.attnres.only_rewritten(torch.zeros(2))
-    assert str(caught.value) == attnres_compile.kernels.ops.NOT_REWRITTEN
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16], ids=["ids", "features"])
-def test_only_rewritten_passes_under_fake_tensors(dtype: torch.dtype) -> None:
-    with FakeTensorMode():
-        x = torch.zeros(2, 3, dtype=dtype)
-        marked = torch.ops.attnres.only_rewritten(x)
-    assert marked is not x
-    assert (marked.shape, marked.dtype, marked.stride()) == (x.shape, x.dtype, x.stride())
 
 
 # -------------------------------------------------------------------------------------------------------- extremes

@@ -22,11 +22,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PLACE = ROOT / "build" / "matrix"
 TORCH = ("2.11.0", "2.12.1", "2.13.0")
 PYTHON = ("python3.11", "python3.12")
-# What rests on torch's behaviour: capture and its assumptions, the backend, the passes, stages, and what was found by fuzzing.
+# What rests on torch's behaviour: capture and its assumptions, the backend, the passes, stages, checkpoints and sharding, and
+# what was found by fuzzing.
 CORE = (
     "tests/test_capture.py", "tests/test_safety.py", "tests/test_preserve.py", "tests/test_oracle.py", "tests/test_backend.py",
     "tests/test_exported.py", "tests/test_faults_graphs.py", "tests/test_pipeline_torch.py", "tests/passes", "tests/patterns",
-    "tests/kernels/test_phases.py", "tests/fuzz/test_found.py",
+    "tests/kernels/test_phases.py", "tests/fuzz/test_found.py", "tests/test_checkpointing.py", "tests/test_split.py",
+    "tests/test_split_blocks.py", "tests/test_tensor_parallel.py",
 )  # fmt: skip
 _NOT_NEEDED = ("torch", "triton", "setuptools", "mypy", "ruff")  # torch brings its own triton, and bounds setuptools
 

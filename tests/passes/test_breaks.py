@@ -296,3 +296,26 @@ def test_a_written_clone_of_the_stream(name: str) -> None:
     refusal = refusal_of(CloneWritten())
     assert refusal.size == 8
     assert refusal.reason.startswith("the stream, or a branch after its residual add, is overwritten in place by")
+
+
+class HalvesOfAUNet(Network):
+    """One skip over the lower half, joined in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.join = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = early = self.sublayer(self.embed(x), 0)
+        for i in range(1, 2 * LAYERS):
+            if i == LAYERS:
+                x = self.join(torch.cat((x, early), dim=-1))
+            x = self.sublayer(x, i)
+        return self.norm(x)
+
+
+def test_two_halves_that_one_skip_joins() -> None:
+    refusal = refusal_of(HalvesOfAUNet())
+    assert refusal.reason.startswith("the stream is fragmented: a U-Net skip, 'cat' of earlier and later values, lies on it")
+    assert refusal.reason.endswith("with 4 of 8 residual adds on one side")
+    assert "torch.cat((x, early), dim=-1)" in refusal.source_line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -21,6 +22,7 @@ from attnres_compile.passes.normalize import Normalize
 from attnres_compile.passes.pipeline import DETECTION, LOWERING, PHASING, PLANNING, REWRITING
 from attnres_compile.passes.plan_blocks import PlanBlocks
 from attnres_compile.passes.rewrite import Rewrite
+from attnres_compile.passes.two_phase import TwoPhase
 from attnres_compile.passes.verify import Verify
 
 WIDTH = 8
@@ -178,7 +180,8 @@ def test_normalize_inlines_checkpoints_and_keeps_their_tags() -> None:
 def test_normalize_removes_the_marker_of_converted_models() -> None:
     class Marked(Network):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(torch.ops.attnres.only_rewritten.default(x))
+            torch.ops.attnres.only_rewritten.default(x)
+            return super().forward(x)
 
     program = program_of(Marked())
     FileCheck().check_count("attnres.only_rewritten", 1, exactly=True).run(text_of(program))
@@ -451,6 +454,16 @@ def test_a_pass_that_does_not_exist_can_not_be_disabled(monkeypatch: pytest.Monk
         run_passes(program_of(), ALL)
 
 
+def test_each_pass_is_logged_with_its_graph(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, logger="attnres_compile"):
+        run_passes(program_of(), [Normalize(), FindChains()])
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("attnres_compile")]
+    assert [message.split(":")[0] for message in messages] == [
+        "pass normalize", "graph after normalize", "pass find_chains", "graph after find_chains",
+    ]  # fmt: skip
+    assert messages[1].endswith(str(program_of().graph_module.graph))
+
+
 # -------------------------------------------------------------------------------------------------------- check_graph
 
 
@@ -479,6 +492,16 @@ def no_query(program: Program) -> None:
 
 def use_before_definition(program: Program) -> None:
     node(program, "rms_norm").replace_input_with(node(program, "x"), node(program, "linear_4"))
+
+
+def test_a_broken_phase_is_noticed_after_the_pass() -> None:
+    def one_query(program: Program) -> None:
+        (inter,) = program.graph_module.graph.find_nodes(op="call_function", target=torch.ops.attnres.inter.default)
+        inter.args = (inter.args[0], inter.args[1][:1], *inter.args[2:])
+
+    program = run_passes(rewritten(), [TwoPhase()])
+    with pytest.raises(VerificationError, match=r"pass 'breaking' left 'attnres_\w*inter\w*', a phase 1 of fewer than two sites"):
+        run_passes(program, [Breaking(one_query)])
 
 
 @pytest.mark.parametrize(
@@ -555,11 +578,17 @@ def other_dtype(program: Program) -> None:
     call.meta["example_value"] = call.meta["example_value"].double()
 
 
+def other_total_weight(program: Program) -> None:
+    call = program.sites[2].call
+    call.args = (*call.args[:4], 2.0, *call.args[5:])
+
+
 def other_function(program: Program) -> None:
     node(program, "rms_norm_1").target = torch.sigmoid
 
 
 TAMPERING: dict[str, tuple[Callable[[Program], object], str]] = {
+    "another-total-weight": (other_total_weight, "the weights of site 'attnres_sites_2' add up to 2.0, not 3"),
     "a-source-replaced": (lambda p: with_sources(p, 2, ["x", "attnres_sum", "linear_1"]), "sources miss [linear_3]"),
     "a-source-twice": (lambda p: with_sources(p, 2, ["x", "attnres_sum", "attnres_sum"]), "sources miss [linear_3]"),
     "a-block-for-its-part": (lambda p: with_sources(p, 2, ["x", "linear_1", "linear_3"]), "sources miss [linear_2]"),

@@ -116,6 +116,17 @@ class SpelledNorm(nn.Module):
         return (y * (1.0 + self.weight.double())).type_as(x)
 
 
+class DividingNorm(nn.Module):
+    """RMSNorm as a quotient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(1 + 0.1 * torch.randn(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
 def program_of(model: nn.Module, dtype: torch.dtype = torch.float64, **config: object) -> Program:
     torch.manual_seed(0)
     model.to(dtype).train()
@@ -214,6 +225,8 @@ def test_what_stays_by_itself_is_noted(model: nn.Module, sites: list[int], reaso
         pytest.param(lambda: nn.LayerNorm(WIDTH), id="LayerNorm"),
         pytest.param(lambda: nn.LayerNorm(WIDTH, bias=False), id="LayerNorm-without-bias"),
         pytest.param(SpelledNorm, id="spelled-out"),
+        pytest.param(DividingNorm, id="by-division"),
+        pytest.param(lambda: nn.RMSNorm(WIDTH), id="RMSNorm-without-eps"),
     ],
 )
 def test_the_sublayers_norm_joins_the_merge(norm: Callable[[], nn.Module]) -> None:
@@ -221,7 +234,7 @@ def test_the_sublayers_norm_joins_the_merge(norm: Callable[[], nn.Module]) -> No
     merges = count(program, "merge")
     assert merges == changes(program)["fuse_norms"] == 4
     # The first sublayer's, that behind the first mixture, and the final one are the model's own still.
-    left = [line for line in text_of(program).splitlines() if "norm](args" in line or "rsqrt](args" in line]
+    left = [line for line in text_of(program).splitlines() if any(f"{name}](args" in line for name in ("norm", "sqrt"))]
     assert len(left) == 7 - merges
 
 
@@ -255,6 +268,8 @@ def relatives(depth: int) -> list[object]:
         for model in (Parallel, Sandwich, Checkpointed, Tapped, Masked, TwoEps):
             found.append(pytest.param(lambda model=model: model(depth), config, id=f"{model.__name__}-{name}"))
     found.append(pytest.param(lambda: Stream(depth, SpelledNorm), {"num_blocks": 2}, id="spelled-norm"))
+    found.append(pytest.param(lambda: Stream(depth, DividingNorm), {"num_blocks": 2}, id="norm-by-division"))
+    found.append(pytest.param(lambda: Stream(depth, lambda: nn.RMSNorm(WIDTH)), {"num_blocks": 2}, id="norm-without-eps"))
     found.append(pytest.param(lambda: Stream(depth, lambda: nn.LayerNorm(WIDTH)), {"num_blocks": 2}, id="layer-norm"))
     found.append(pytest.param(lambda: Stream(depth), {"num_blocks": 2, "scale": "paper"}, id="paper"))
     found.append(pytest.param(lambda: Stream(depth), {"num_blocks": 2, "key_norm": False}, id="no-key-norm"))

@@ -145,6 +145,15 @@ def reference_output(
     return model.head(model.norm(stream.read()))
 
 
+def test_two_branches_in_one_stack() -> None:
+    """The stream and two branches of one read, stacked and summed: a parallel sublayer."""
+    model = build(with_add(lambda x, f, i, net: torch.stack([x, 0.5 * f, 0.25 * f.tanh()]).sum(dim=0)))
+    rewritten = ac.rewrite(model, CONFIGS["two-blocks"], (inputs(),))
+    (chain,) = rewritten.report.chains
+    assert (chain.kind, chain.num_sublayers, chain.num_sites) == ("parallel", LAYERS, LAYERS)
+    assert ac.compare(model, rewritten, (inputs(),)).max_rel_error <= 1e-12
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("name", ADDS)
 def test_adds(name: str, config: str) -> None:
