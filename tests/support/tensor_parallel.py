@@ -32,8 +32,8 @@ VOCABULARY, WIDTH, ROWS, LAYERS = 29, 16, 2, 2
 CONFIG = ac.AttnResConfig(num_blocks=2)
 # A sequence that two ranks can't halve. Before torch 2.13 no layer can compute on one that it gathered, rewritten or not.
 ODD_LENGTH = 7 if TorchVersion(torch.__version__) >= (2, 13) else 8
-# Before torch 2.13 clip_grad_norm_ leaves gradients that are not summed over ranks yet as they are: those of all norms.
-_CLIPS_PARTIAL_SUMS = TorchVersion(torch.__version__) >= (2, 13)
+# Before torch 2.12 clip_grad_norm_ leaves gradients that are not summed over ranks yet as they are: those of all norms.
+_CLIPS_PARTIAL_SUMS = TorchVersion(torch.__version__) >= (2, 12)
 MOST_SOURCES = 3  # 4 sublayers in 2 blocks: the embedding, a block, and the second one while it grows
 
 
