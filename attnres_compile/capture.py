@@ -77,6 +77,11 @@ def parameter_placeholders(graph_module: GraphModule) -> frozenset[str]:
     return frozenset(found)
 
 
+def lies_inside_an_argument(placeholder: Node) -> bool:
+    """Whether a tensor of a captured graph was reached through an argument of the model, not through the model."""
+    return source_name(placeholder).startswith(("L['args']", "L['kwargs']"))
+
+
 def prepare_for_compiler(graph_module: GraphModule, extra: Sequence[tuple[Node, Source]]) -> None:
     """Give the placeholders that we added what AOTAutograd expects of a Dynamo graph: a source for each."""
     for node, source in extra:

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 import attnres_compile.kernels.ops  # noqa: F401  (registers the attnres:: operators)
-from attnres_compile.capture import Captured, capture, tree_flatten
+from attnres_compile.capture import Captured, capture, lies_inside_an_argument, tree_flatten
 from attnres_compile.config import AttnResConfig
 from attnres_compile.dummies import dummy_inputs
 from attnres_compile.errors import ConfigError, ModelTypeError, NoResidualChainError
@@ -264,6 +264,12 @@ def _as_module(
         elif is_device_mesh(value):
             bound[node] = f"constant_{node.name}"
             setattr(tree, bound[node], value)
+        elif isinstance(value, Tensor) and lies_inside_an_argument(node):
+            raise ConfigError(
+                f"the graph reads {node.name!r}, a tensor inside an argument whose class this can't look into, so that the graph "
+                "would hold on to that of the example. Pass tensors by themselves or in tuples, lists and dicts, or use "
+                'torch.compile(model, backend="attnres").'
+            )
         elif isinstance(value, Tensor) and not node.users:
             graph.erase_node(node)  # the mark of converted models
         elif isinstance(value, Tensor):  # a tensor that the model holds outside its parameters and buffers

@@ -114,7 +114,8 @@ class TestUnrewrittenRuns:
         with pytest.raises(ac.NotRewrittenError, match='backend="attnres"'):
             torch.compile(lambda batch: model(batch=batch) * 1.0, backend=backend)(batch)
         around = torch.compile(lambda batch: model(batch=batch) * 1.0, backend="attnres")
-        torch.testing.assert_close(around(batch), ac.rewrite(model, kwargs={"batch": batch})(batch=batch))
+        within = {"batch": {"ids": BATCH}}
+        torch.testing.assert_close(around(batch), ac.rewrite(model, kwargs=within)(**within))
 
     def test_the_mark_passes_under_fake_tensors_alone(self) -> None:
         with FakeTensorMode():
@@ -127,6 +128,15 @@ class TestUnrewrittenRuns:
         rewritten = ac.rewrite(model, args=(BATCH,))
         assert dict(rewritten.named_buffers()) == {}
         assert [node.name for node in rewritten.graph.find_nodes(op="placeholder") if not node.users] == []
+
+    @pytest.mark.parametrize("container", [UserDict, Fields])
+    def test_an_ahead_of_time_graph_keeps_no_tensor_of_the_example(self, container: Any) -> None:
+        class Nested(Net):
+            def forward(self, batch: Any) -> Tensor:
+                return super().forward(batch["ids"] if isinstance(batch, UserDict) else batch.ids)
+
+        with pytest.raises(ac.ConfigError, match=r"reads 'l_args_0_\w*ids\w*', a tensor inside an argument .* in tuples, lists"):
+            ac.rewrite(Nested(), args=(container(ids=BATCH),))
 
     def test_another_backend_without_inputs(self) -> None:
         class Constant(Net):

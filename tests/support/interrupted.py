@@ -50,6 +50,7 @@ def _main() -> None:
     if befalls == FULL_DISK:
         resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
     elif befalls:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let jobs in the background ignore it
         module, function = befalls.split(":")
         setattr(importlib.import_module(module), function, _interrupt)
     cli.main()
