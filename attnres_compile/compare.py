@@ -14,6 +14,7 @@ from attnres_compile.capture import capture, tree_flatten
 from attnres_compile.convert import checked_call, rewrite
 from attnres_compile.errors import ModelTypeError
 from attnres_compile.parameters import hosts_in
+from attnres_compile.passes.normalize import markers_in
 from attnres_compile.patterns.operations import is_call, module_of, name_of
 from attnres_compile.rewritten import RewrittenModule
 
@@ -110,7 +111,8 @@ def diff_graphs(original: Graph, rewritten: Graph) -> GraphDiff:
 
 def match_operations(original: Graph, rewritten: Graph) -> tuple[list[Node], list[Node], list[Node]]:
     """The original's operations that ``rewritten`` has too and those that it lacks, and ``rewritten``'s that are new."""
-    before = {node.name: node for node in original.nodes if is_call(node) and name_of(node) != "only_rewritten"}
+    markers = markers_in(original)
+    before = {node.name: node for node in original.nodes if is_call(node) and node not in markers}
     after = {node.name: node for node in rewritten.nodes if is_call(node)}
     kept = {
         name for name, node in before.items() if name in after and name_of(after[name]).rstrip("_") == name_of(node).rstrip("_")

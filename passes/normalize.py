@@ -58,9 +58,14 @@ def operation_key(node: Node) -> str:
     return f"{node.name}:{name_of(node).rstrip('_')}"
 
 
+def markers_in(graph: Graph) -> list[Node]:
+    """What converted models put into their graphs, so that these raise unless they are rewritten."""
+    return list(graph.find_nodes(op="call_function", target=torch.ops.attnres.only_rewritten.default))
+
+
 def remove_markers(graph: Graph) -> int:
     """Drop the markers that converted models put into their graphs."""
-    markers = list(graph.find_nodes(op="call_function", target=torch.ops.attnres.only_rewritten.default))
+    markers = markers_in(graph)
     for node in markers:
         graph.erase_node(node)
     return len(markers)

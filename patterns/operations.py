@@ -18,7 +18,7 @@ _ALIASES = {
     "linalg_vector_norm": "vector_norm", "linalg_norm": "vector_norm", "norm": "vector_norm",
     "slice": "getitem", "sym_size": "size", "_softmax": "softmax", "_safe_softmax": "softmax",
     "prim_from_local": "from_local", "prim_to_local": "to_local", "prim_redistribute": "redistribute",
-    "prim_full_tensor": "full_tensor", "prim from_local": "from_local",  # the last: torch 2.11
+    "prim_full_tensor": "full_tensor", "prim from_local": "from_local",  # the last: before torch 2.13
 }  # fmt: skip
 
 IN_PLACE = {

@@ -11,9 +11,9 @@ from torch.fx import Graph, Node
 from attnres_compile.chain import ResidualChain
 from attnres_compile.compare import GraphDiff, diff_graphs, match_operations
 from attnres_compile.passes.base import MADE_BY
+from attnres_compile.passes.normalize import markers_in
 from attnres_compile.patterns.operations import module_of, name_of, value_of
 
-_MARKER = "only_rewritten"  # what converted models put into their graphs
 _NAMED = 3  # operations that a difference names; it counts the others
 
 
@@ -60,7 +60,7 @@ class GraphComparison:
 
 def operations_of(graph: Graph) -> tuple[Operation, ...]:
     """All nodes of a graph as it was captured, but for the marker of converted models. They hold on to nothing."""
-    markers = [node for node in graph.nodes if name_of(node) == _MARKER]
+    markers = markers_in(graph)
     left_out = {*markers, *(source for marker in markers for source in marker.all_input_nodes)}
     return tuple(_operation(node) for node in graph.nodes if node not in left_out)
 
